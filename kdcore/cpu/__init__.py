@@ -1,0 +1,17 @@
+"""The CPU engine. Arguments are NumPy arrays that :mod:`kdcore.ops` has checked; nothing is validated or copied here.
+
+The functions below have twins of the same names and signatures in :mod:`kdcore.cuda`, but for the last parameter:
+here ``threads``, there ``stream``. Row functions for reuse are in :mod:`kdcore.cpu.rows`.
+"""
+
+from kdcore.cpu.launch import (
+    kd_rows,
+    linear,
+    log_softmax_rows,
+    logsumexp_rows,
+    reduce_rows,
+    softmax_rows,
+    weight_sum,
+)
+
+__all__ = ["kd_rows", "linear", "log_softmax_rows", "logsumexp_rows", "reduce_rows", "softmax_rows", "weight_sum"]

@@ -1,0 +1,129 @@
+"""Launchers of the CPU engine: storage views, scratch, threads."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, vectorize
+
+from kdcore import formulas
+from kdcore.cpu import kernels
+from kdcore.cpu.pool import run_blocks
+from kdcore.cpu.primitives import raw_bits
+
+__all__ = ["kd_rows", "linear", "log_softmax_rows", "logsumexp_rows", "reduce_rows", "softmax_rows", "weight_sum"]
+
+_KD_KERNELS = {"forward_kl": kernels.forward_kl_kernel, "reverse_kl": kernels.reverse_kl_kernel}
+
+#: Temperatures outside make float32 rates or gradients overflow; such rows are worked in float64.
+_FLOAT32_TEMPERATURES = (1e-30, 1e30)
+
+_compiled: set[tuple[object, ...]] = set()
+
+
+def _readable(array):
+    """The storage view of an input, as read-only, so that a kernel is not compiled once more for read-only arrays."""
+    view = raw_bits(array).view()
+    view.flags.writeable = False
+    return view
+
+
+def _working_dtype(dtype, *temperatures):
+    low, high = _FLOAT32_TEMPERATURES
+    narrow = dtype != np.float64 and all(low < temperature < high for temperature in temperatures)
+    return np.dtype(np.float32 if narrow else np.float64)
+
+
+def _launch(kernel, before, after, rows, width, scratch_rows, working, threads):
+    """Run ``kernel(*before, work, lo, hi, *after)`` over all rows."""
+
+    def task(lo, hi):
+        kernel(*before, np.empty((scratch_rows, width), working), lo, hi, *after)
+
+    key = (kernel, working, *((a.dtype, a.flags.c_contiguous) for a in (*before, *after) if isinstance(a, np.ndarray)))
+    if key not in _compiled:
+        task(0, 0)
+        _compiled.add(key)
+    run_blocks(task, rows, width, threads)
+
+
+def softmax_rows(logits, temperature, out, status, threads):
+    """out [B, V] = softmax(logits / T)."""
+    working = _working_dtype(logits.dtype, temperature)
+    arguments = (_readable(logits), temperature), (raw_bits(out), status)
+    _launch(kernels.softmax_kernel, *arguments, *logits.shape, 2, working, threads)
+
+
+def log_softmax_rows(logits, temperature, out, status, threads):
+    """out [B, V] = log softmax(logits / T)."""
+    working = _working_dtype(logits.dtype, temperature)
+    arguments = (_readable(logits), temperature), (raw_bits(out), status)
+    _launch(kernels.log_softmax_kernel, *arguments, *logits.shape, 2, working, threads)
+
+
+def logsumexp_rows(logits, temperature, out, status, threads):
+    """out [B] = log of the row sums of exp(logits / T)."""
+    working = _working_dtype(logits.dtype, temperature)
+    arguments = (_readable(logits), temperature), (raw_bits(out), status)
+    _launch(kernels.logsumexp_kernel, *arguments, *logits.shape, 2, working, threads)
+
+
+def kd_rows(student, teacher, labels, weights, denominator, objective, gradient, loss, ce, kl, status, threads):
+    """Row losses [B] in float64, scaled by weight / denominator[0], and their gradient [B, V].
+
+    Empty ``labels`` or ``weights``: none given. A gradient without rows: none wanted. At alpha = 1 the teacher is
+    not read, at alpha = 0 labels only mask.
+    """
+    working = _working_dtype(student.dtype, objective.temperature, objective.teacher_temperature)
+    if objective.divergence != "forward_kl":
+        working = np.dtype(np.float64)
+    before = (
+        _readable(student),
+        _readable(teacher),
+        labels,
+        weights,
+        objective.ignore_index,
+        denominator,
+        objective.alpha,
+        objective.temperature,
+        objective.teacher_temperature,
+        objective.kd_scale,
+    )
+    after = (raw_bits(gradient), loss, ce, kl, status)
+    _launch(_KD_KERNELS[objective.divergence], before, after, *student.shape, 5, working, threads)
+
+
+@njit(cache=True)
+def _weight_sum(labels, weights, ignore_index, rows):
+    total = 0.0
+    for i in range(rows):
+        if not labels.size or labels[i] != ignore_index:
+            total += weights[i] if weights.size else 1.0
+    return total
+
+
+def weight_sum(labels, weights, ignore_index, rows, out, threads):
+    """out[0] = sum of the weights of the rows that are not masked."""
+    out[0] = _weight_sum(labels, weights, ignore_index, rows)
+
+
+def reduce_rows(rows, out, threads):
+    """out[...] = sum of ``rows`` [B]; ``out`` is 0-d."""
+    out[...] = np.sum(rows)
+
+
+_ACTIVATIONS = {
+    name: vectorize(cache=True)(formula)
+    for name, formula in (
+        ("identity", formulas.identity),
+        ("relu", formulas.relu),
+        ("tanh", formulas.tanh),
+        ("gelu", formulas.gelu),
+    )
+}
+
+
+def linear(x, weight, bias, activation, out, threads):
+    """out [B, M] = activation(x [B, K] @ weight [M, K].T + bias [M])."""
+    np.matmul(x, weight.T, out=out)
+    np.add(out, bias, out=out)
+    _ACTIVATIONS[activation](out, out=out)

@@ -1,0 +1,44 @@
+"""Arrays of the CPU engine. :mod:`kdcore.cuda.memory` has the same functions for device arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kdcore.errors import DTypeError
+
+__all__ = ["as_array", "empty", "full", "overlaps", "same", "to_host"]
+
+
+def as_array(obj):
+    """``obj`` as a NumPy array, without a copy where it is one."""
+    if isinstance(obj, np.ma.MaskedArray):
+        raise DTypeError("masked arrays are not supported, since their mask would be lost: use weights or -inf")
+    array = np.asarray(obj)
+    if not array.dtype.isnative:
+        raise DTypeError(f"arrays must be in native byte order, got dtype {array.dtype.str}")
+    return array
+
+
+def empty(shape, dtype, threads):
+    """An uninitialised array."""
+    return np.empty(shape, dtype)
+
+
+def full(shape, dtype, value, threads):
+    """An array filled with ``value``."""
+    return np.full(shape, value, dtype)
+
+
+def to_host(array):
+    """The array itself: it is on the host."""
+    return array
+
+
+def same(a, b):
+    """Whether two arrays are the same elements in the same order."""
+    return (a.ctypes.data, a.shape, a.strides, a.dtype) == (b.ctypes.data, b.shape, b.strides, b.dtype)
+
+
+def overlaps(a, b):
+    """Whether two arrays share an element."""
+    return np.shares_memory(a, b)

@@ -1,0 +1,66 @@
+"""Blocks of rows on a thread pool.
+
+Not Numba's ``parallel=True``: with its OpenMP layer a forked child that calls a kernel is killed, with its workqueue
+layer concurrent calls from two Python threads abort the process. Serial ``nogil`` kernels on an ordinary pool have
+neither problem. Results do not depend on how rows are dealt out, because a row is one thread's work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+
+__all__ = ["default_threads", "run_blocks"]
+
+#: Below this many elements a call is over before a second thread would have started.
+_SERIAL_ELEMENTS = 1 << 15
+_BLOCKS_PER_THREAD = 4
+
+_lock = Lock()
+_pools: dict[int, ThreadPoolExecutor] = {}
+
+
+def default_threads() -> int:
+    """The number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _after_fork() -> None:
+    """A child has the parent's pools but none of their threads, and perhaps a lock that nobody will release."""
+    global _lock
+    _lock = Lock()
+    _pools.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    with _lock:
+        if threads not in _pools:
+            _pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="kdcore")
+        return _pools[threads]
+
+
+def run_blocks(task: Callable[[int, int], None], rows: int, width: int, threads: int) -> None:
+    """Call ``task(lo, hi)`` for consecutive blocks that cover ``range(rows)``; rows of ``width`` elements.
+
+    The caller's thread takes part. ``task`` must already be compiled: a kernel first called from a pool thread while
+    the caller's module is still being imported waits for the import lock, which the caller holds.
+    """
+    if threads == 1 or rows == 1 or rows * width <= _SERIAL_ELEMENTS:
+        task(0, rows)
+        return
+    step = -(-rows // (threads * _BLOCKS_PER_THREAD))
+    blocks = [(lo, min(lo + step, rows)) for lo in range(0, rows, step)]
+    mine, others = blocks[::threads], [block for k, block in enumerate(blocks) if k % threads]
+    futures = [_pool(threads - 1).submit(task, lo, hi) for lo, hi in others]
+    try:
+        for lo, hi in mine:
+            task(lo, hi)
+    finally:
+        for future in futures:
+            future.result()

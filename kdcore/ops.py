@@ -1,0 +1,867 @@
+"""The operations of kdcore: validation, allocation, dispatch to an engine.
+
+This is the one place that asks where an array lives. NumPy in, NumPy out, on the CPU engine; device arrays in,
+device arrays out, on the CUDA engine. Letters: B rows (any leading shape), V classes.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from kdcore import rowstatus
+from kdcore.errors import (
+    AliasError,
+    DeviceMismatchError,
+    DomainError,
+    DTypeError,
+    LabelError,
+    NonFiniteError,
+    ShapeError,
+    UndefinedGradientError,
+)
+from kdcore.objective import DIVERGENCES, Objective
+
+__all__ = [
+    "KDOutput",
+    "cross_entropy",
+    "kd_logit_gradient",
+    "kd_loss",
+    "kd_loss_and_gradient",
+    "kl_divergence",
+    "linear",
+    "log_softmax",
+    "logsumexp",
+    "require_cuda",
+    "resolve_threads",
+    "softmax",
+    "to_device",
+    "to_host",
+]
+
+Reduction = Literal["mean", "sum", "none"]
+
+_LOGIT_DTYPES = ("float32", "float64", "float16", "bfloat16")
+#: Outside, T² or 1/T is no longer a normal float64.
+_TEMPERATURE_RANGE = (1e-150, 1e150)
+
+
+class KDOutput(NamedTuple):
+    """What :func:`kd_loss_and_gradient` returns; loss = alpha ce + (1 - alpha) kl.
+
+    ``ce`` and ``kl`` are reduced as ``loss`` is, without alpha. ``kl`` is the chosen divergence with its T². A part
+    that the objective does not have is None: ``ce`` at alpha = 0, ``kl`` at alpha = 1.
+    """
+
+    loss: Any
+    gradient: Any
+    ce: Any
+    kl: Any
+
+
+# --- engines -------------------------------------------------------------------------------------------------------
+
+
+class _Engine:
+    """An engine's functions, its memory, and the value of its last parameter (threads or stream)."""
+
+    def __init__(self, name: str, where: Any) -> None:
+        self.name = name
+        self.kernels = import_module(f"kdcore.{name}")
+        self.memory = import_module(f"kdcore.{name}.memory")
+        self.where = where
+
+    def empty(self, shape: Any, dtype: Any) -> Any:
+        return self.memory.empty(shape, dtype, self.where)
+
+    def full(self, shape: Any, dtype: Any, value: Any) -> Any:
+        return self.memory.full(shape, dtype, value, self.where)
+
+
+def _on_device(obj: Any) -> bool:
+    # Numba's own arrays by their module: importing numba.cuda to ask would cost every CPU user 0.3 s, and the
+    # simulator's arrays have no __cuda_array_interface__.
+    return type(obj).__module__.startswith("numba.cuda") or hasattr(obj, "__cuda_array_interface__")
+
+
+def resolve_threads(threads: int | None) -> int:
+    """The number of CPU threads: ``threads``, else ``KDCORE_NUM_THREADS``, else the CPUs that the process may use."""
+    source, value = "threads", threads
+    if value is None:
+        source, text = "the environment variable KDCORE_NUM_THREADS", os.environ.get("KDCORE_NUM_THREADS")
+        if text is None:
+            from kdcore.cpu.pool import default_threads
+
+            return default_threads()
+        try:
+            value = int(text)
+        except ValueError:
+            raise DomainError(f"{source} must be a positive integer, got {text!r}") from None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise DTypeError(f"{source} must be a positive integer, got {value!r}")
+    if value < 1:
+        raise DomainError(f"{source} must be a positive integer, got {value}")
+    return int(value)
+
+
+def _engine(arrays: dict[str, Any], threads: int | None, stream: Any) -> _Engine:
+    """The engine of the device on which all ``arrays`` live; None entries do not count."""
+    places = {name: _on_device(obj) for name, obj in arrays.items() if obj is not None}
+    if len(set(places.values())) > 1:
+        device = ", ".join(name for name, on_device in places.items() if on_device)
+        host = ", ".join(name for name, on_device in places.items() if not on_device)
+        raise DeviceMismatchError(
+            f"arrays must be all on the host or all on a device: {device} on a device, {host} not"
+        )
+    if any(places.values()):
+        if threads is not None:
+            raise DomainError(f"threads={threads!r} is for host arrays; device arrays take stream")
+        require_cuda()
+        return _Engine("cuda", stream)
+    if stream is not None:
+        raise DomainError(f"stream={stream!r} is for device arrays; host arrays take threads")
+    return _Engine("cpu", resolve_threads(threads))
+
+
+def require_cuda() -> None:
+    """Raise :class:`~kdcore.errors.DeviceUnavailableError`, with the reason, unless CUDA can run here."""
+    import_module("kdcore.cuda.memory").require()
+
+
+def to_device(array: np.ndarray, stream: Any = None) -> Any:
+    """A copy of a host array on the CUDA device."""
+    require_cuda()
+    return import_module("kdcore.cuda.memory").to_device(array, stream)
+
+
+def to_host(array: Any) -> np.ndarray:
+    """A device array as a NumPy array (waits for the device); a NumPy array as it is."""
+    if not _on_device(array):
+        return np.asarray(array)
+    require_cuda()
+    memory = import_module("kdcore.cuda.memory")
+    return memory.to_host(memory.as_array(array))
+
+
+# --- validation ----------------------------------------------------------------------------------------------------
+
+
+def _number(value: Any, name: str, expected: str) -> float:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise DTypeError(f"{name} must be {expected}, got {value!r}")
+    return float(value)
+
+
+def _temperature(value: Any, name: str = "temperature") -> float:
+    low, high = _TEMPERATURE_RANGE
+    number = _number(value, name, "a positive finite number")
+    if not 0 < number < math.inf:
+        raise DomainError(f"{name} must be a positive finite number, got {value!r}")
+    if not low <= number <= high:
+        raise DomainError(f"{name} must be between {low} and {high}, got {value!r}")
+    return number
+
+
+def _alpha(value: Any) -> float:
+    number = _number(value, "alpha", "a number in [0, 1], the weight of the cross-entropy")
+    if not 0 <= number <= 1:
+        raise DomainError(f"alpha must be in [0, 1], the weight of the cross-entropy, got {value!r}")
+    return number
+
+
+def _flag(value: Any, name: str, *, optional: bool = False) -> bool | None:
+    if isinstance(value, bool | np.bool_) or (optional and value is None):
+        return value if value is None else bool(value)
+    raise DTypeError(f"{name} must be True or False{' or None' if optional else ''}, got {value!r}")
+
+
+def _choice(value: Any, name: str, choices: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise DomainError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def _ignore_index(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise DTypeError(f"ignore_index must be an integer, got {value!r}")
+    return int(value)
+
+
+def _logits(engine: _Engine, obj: Any, name: str) -> Any:
+    array = engine.memory.as_array(obj)
+    if array.dtype.name not in _LOGIT_DTYPES:
+        raise DTypeError(f"{name} must be {', '.join(_LOGIT_DTYPES)}, got dtype {array.dtype}")
+    if array.ndim == 0:
+        raise ShapeError(f"{name} must have the classes as its last dimension, got a 0-d array")
+    if array.shape[-1] == 0:
+        raise ShapeError(f"{name} must have at least one class, got shape {tuple(array.shape)}")
+    return array
+
+
+def _same_shape(shape: tuple[int, ...], name: str, expected: tuple[int, ...], reason: str) -> None:
+    if tuple(shape) != tuple(expected):
+        raise ShapeError(f"{name} must have shape {tuple(expected)} like {reason}, got {tuple(shape)}")
+
+
+def _labels(engine: _Engine, obj: Any, lead: tuple[int, ...]) -> Any:
+    array = engine.memory.as_array(obj)
+    if array.dtype.kind not in "iu" and not (array.size == 0 and array.dtype == np.float64):  # np.asarray([])
+        raise DTypeError(f"labels must be integers, got dtype {array.dtype}")
+    _same_shape(array.shape, "labels", lead, "student_logits without its classes")
+    if engine.name == "cpu":
+        if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+            raise LabelError(f"labels must be below 2**63, got {array.max()}")
+        return array.astype(np.int64, copy=False).reshape(-1)
+    return array.reshape(-1)
+
+
+def _check_label_range(labels: np.ndarray, lead: tuple[int, ...], classes: int, ignore_index: int) -> None:
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+    if bad.any():
+        row = int(bad.argmax())
+        raise _label_error(lead, row, int(labels[row]), classes, ignore_index)
+
+
+def _label_error(lead: tuple[int, ...], row: int, label: int, classes: int, ignore_index: int) -> LabelError:
+    where = _at("labels", lead, row)
+    return LabelError(f"{where} is {label}, neither a class in [0, {classes}) nor ignore_index={ignore_index}")
+
+
+def _weights(engine: _Engine, obj: Any, lead: tuple[int, ...]) -> Any:
+    array = engine.memory.as_array(obj)
+    if array.dtype.kind not in "fiu" or (engine.name == "cuda" and array.dtype.name not in ("float32", "float64")):
+        raise DTypeError(f"weights must be real numbers, got dtype {array.dtype}")
+    _same_shape(array.shape, "weights", lead, "student_logits without its classes")
+    if engine.name == "cpu":
+        array = array.astype(np.float64, copy=False).reshape(-1)
+        bad = ~((array >= 0) & (array < math.inf))
+        if bad.any():
+            row = int(bad.argmax())
+            raise DomainError(f"{_at('weights', lead, row)} is {array[row]}, not a finite number of at least 0")
+        return array
+    return array.reshape(-1)
+
+
+def _output(engine: _Engine, out: Any, shape: tuple[int, ...], itself: Any, inputs: dict[str, Any]) -> Any:
+    """``out``, checked: its shape and dtype, writable, and either ``itself`` or disjoint from every input."""
+    if isinstance(out, list | tuple) or np.isscalar(out):
+        raise DTypeError(f"out must be an array, got {type(out).__name__}")
+    array = engine.memory.as_array(out)
+    if array.dtype.name not in _LOGIT_DTYPES:
+        raise DTypeError(f"out must be {', '.join(_LOGIT_DTYPES)}, got dtype {array.dtype}")
+    _same_shape(array.shape, "out", shape, "the result")
+    if engine.name == "cpu" and not array.flags.writeable:
+        raise AliasError("out is read-only")
+    for name, other in inputs.items():
+        if other is itself and engine.memory.same(array, other):
+            continue
+        if engine.memory.overlaps(array, other):
+            raise AliasError(f"out overlaps {name}: it must be the logits themselves or share no element with an input")
+    return array
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+
+def _at(name: str, lead: tuple[int, ...], row: int, column: int | None = None) -> str:
+    index = [*map(int, np.unravel_index(row, lead))] if lead else []
+    if column is not None:
+        index.append(column)
+    return f"{name}[{', '.join(map(str, index))}]" if index else name
+
+
+def _mergeable(array: Any) -> bool:
+    """Whether all dimensions but the last can be one, without a copy."""
+    dims = [(n, stride) for n, stride in zip(array.shape[:-1], array.strides[:-1], strict=True) if n != 1]
+    return 0 in array.shape or all(
+        outer_stride == inner_n * inner_stride for (_, outer_stride), (inner_n, inner_stride) in pairwise(dims)
+    )
+
+
+def _row_blocks(lead: tuple[int, ...], arrays: list[Any]) -> Iterator[tuple[slice, list[Any]]]:
+    """The arrays [lead, V] as views [rows, V], and which of the flattened rows they are.
+
+    One block, unless some array's leading dimensions cannot be merged without a copy (a transposed batch).
+    """
+    if all(_mergeable(array) for array in arrays):
+        rows = math.prod(lead)
+        yield slice(0, rows), [array.reshape((rows, array.shape[-1])) for array in arrays]
+        return
+    inner = math.prod(lead[1:])
+    for i in range(lead[0]):
+        for rows_slice, views in _row_blocks(lead[1:], [array[i] for array in arrays]):
+            yield slice(i * inner + rows_slice.start, i * inner + rows_slice.stop), views
+
+
+def _check_logits(engine: _Engine, status: Any, lead: tuple[int, ...], names: dict[int, str]) -> None:
+    """Raise for the first row of logits that a kernel could not use."""
+    codes = engine.memory.to_host(status)
+    unusable = np.isin(codes[:, 0] // 10 * 10, list(names)) & (codes[:, 0] != rowstatus.OK)
+    if not unusable.any():
+        return
+    row = int(unusable.argmax())
+    code, column = int(codes[row, 0]), int(codes[row, 1])
+    name, condition = names[code // 10 * 10], code % 10
+    if condition == rowstatus.NO_SUPPORT:
+        raise NonFiniteError(f"{_at(name, lead, row)} is -inf in every class: a row needs at least one finite logit")
+    value = "nan" if condition == rowstatus.NAN else "+inf"
+    raise NonFiniteError(f"{_at(name, lead, row, column)} is {value}: logits must be finite or -inf")
+
+
+def _check_rows(engine: _Engine, status: Any, lead: tuple[int, ...], classes: int, ignore_index: int) -> None:
+    """Raise for the first row of a KD call that a kernel could not use, whatever the reason."""
+    codes, details = engine.memory.to_host(status).T
+    if (codes == rowstatus.LABEL).any():
+        row = int((codes == rowstatus.LABEL).argmax())
+        raise _label_error(lead, row, int(details[row]), classes, ignore_index)
+    if (codes == rowstatus.WEIGHT).any():
+        row = int((codes == rowstatus.WEIGHT).argmax())
+        raise DomainError(f"{_at('weights', lead, row)} is not a finite number of at least 0")
+    _check_logits(engine, status, lead, {rowstatus.STUDENT: "student_logits", rowstatus.TEACHER: "teacher_logits"})
+
+
+def _check_gradients(engine: _Engine, status: Any, lead: tuple[int, ...], divergence: str) -> None:
+    """Raise for the first row whose divergence is +inf, where that leaves no gradient."""
+    undefined = engine.memory.to_host(status)[:, 0] == rowstatus.UNDEFINED_GRADIENT
+    if undefined.any():
+        where = _at("student_logits", lead, int(undefined.argmax()))
+        raise UndefinedGradientError(
+            f"{divergence} is +inf at {where}, where the student has classes that the teacher rules out: no gradient"
+        )
+
+
+# --- softmax -------------------------------------------------------------------------------------------------------
+
+
+def _row_operation(
+    name: str, logits: Any, temperature: Any, out: Any, per_row: bool, validate: Any, threads: int | None, stream: Any
+) -> Any:
+    engine = _engine({"logits": logits, "out": out}, threads, stream)
+    array = _logits(engine, logits, "logits")
+    temperature = _temperature(temperature)
+    check = _flag(validate, "validate", optional=True)
+    check = engine.name == "cpu" if check is None else check
+    lead = tuple(array.shape[:-1])
+    shape = lead if per_row else tuple(array.shape)
+    if out is None:
+        result = engine.empty(shape, np.float64 if per_row else array.dtype)
+    else:
+        result = _output(engine, out, shape, None if per_row else array, {"logits": array})
+    status = engine.full((math.prod(lead) if check or engine.name == "cpu" else 0, 2), np.int64, 0)
+    launch = getattr(engine.kernels, f"{name}_rows")
+    target = result.reshape((*shape, 1)) if per_row else result  # the same dimensions to merge as the logits have
+    for rows, (x, y) in _row_blocks(lead, [array, target]):
+        launch(x, temperature, y[:, 0] if per_row else y, status[rows], engine.where)
+    if check:
+        _check_logits(engine, status, lead, {rowstatus.STUDENT: "logits"})
+    return out if out is not None else result[()] if engine.name == "cpu" else result
+
+
+def softmax(
+    logits: Any,
+    temperature: float = 1.0,
+    *,
+    out: Any = None,
+    validate: bool | None = None,
+    threads: int | None = None,
+    stream: Any = None,
+) -> Any:
+    """softmax(logits / T) over the last dimension.
+
+    Parameters
+    ----------
+    logits : array [..., V]
+        float32, float64, float16 or bfloat16, on the host or on a CUDA device. -inf rules a class out.
+    temperature : float
+        T, positive and finite.
+    out : array, optional
+        Where the result goes: ``logits`` itself, or an array of its shape that shares no element with it.
+    validate : bool, optional
+        Whether rows with NaN or +inf, or nothing but -inf, raise; otherwise they become NaN. By default they raise
+        on the host; on a device a check would have to wait for the device, so it is made only when asked for.
+    threads : int, optional
+        CPU threads; by default ``KDCORE_NUM_THREADS``, else all CPUs of the process. The result does not depend on it.
+    stream : optional
+        CUDA stream of device arrays.
+
+    Returns
+    -------
+    array [..., V]
+        In the dtype of ``logits`` (or of ``out``); rows sum to 1.
+
+    Raises
+    ------
+    DomainError, DTypeError, ShapeError, NonFiniteError, AliasError, DeviceMismatchError
+
+    Examples
+    --------
+    >>> import numpy as np, kdcore
+    >>> kdcore.softmax(np.log([1.0, 2.0, 1.0])).round(12)
+    array([0.25, 0.5 , 0.25])
+    """
+    return _row_operation("softmax", logits, temperature, out, False, validate, threads, stream)
+
+
+def log_softmax(
+    logits: Any,
+    temperature: float = 1.0,
+    *,
+    out: Any = None,
+    validate: bool | None = None,
+    threads: int | None = None,
+    stream: Any = None,
+) -> Any:
+    """log softmax(logits / T) over the last dimension; parameters, result and errors as for :func:`softmax`.
+
+    Examples
+    --------
+    >>> import numpy as np, kdcore
+    >>> kdcore.log_softmax(np.array([0.0, -np.inf]))
+    array([  0., -inf])
+    """
+    return _row_operation("log_softmax", logits, temperature, out, False, validate, threads, stream)
+
+
+def logsumexp(
+    logits: Any,
+    temperature: float = 1.0,
+    *,
+    out: Any = None,
+    validate: bool | None = None,
+    threads: int | None = None,
+    stream: Any = None,
+) -> Any:
+    """log of the sum of exp(logits / T) over the last dimension, in float64; otherwise as :func:`softmax`.
+
+    ``out``, if given, has the shape of ``logits`` without its last dimension.
+
+    Examples
+    --------
+    >>> import numpy as np, kdcore
+    >>> print(round(float(kdcore.logsumexp(np.full(8, 1e4))) - 1e4, 6))  # log 8
+    2.079442
+    """
+    return _row_operation("logsumexp", logits, temperature, out, True, validate, threads, stream)
+
+
+# --- knowledge distillation ----------------------------------------------------------------------------------------
+
+
+def _kd(
+    student_logits: Any,
+    teacher_logits: Any,
+    labels: Any,
+    temperature: Any,
+    alpha: Any,
+    *,
+    divergence: Any,
+    teacher_temperature: Any,
+    scale_t2: Any,
+    ignore_index: Any,
+    weights: Any,
+    reduction: Any,
+    denominator: Any,
+    with_gradient: bool,
+    out: Any,
+    validate: Any,
+    threads: int | None,
+    stream: Any,
+) -> KDOutput:
+    """The one way to the engines' ``kd_rows``; teacher_logits=None at alpha = 1, where no teacher is read."""
+    inputs = {
+        "student_logits": student_logits,
+        "teacher_logits": teacher_logits,
+        "labels": labels,
+        "weights": weights,
+        "out": out,
+    }
+    engine = _engine(inputs, threads, stream)
+
+    temperature = _temperature(temperature)
+    if teacher_temperature is not None:
+        teacher_temperature = _temperature(teacher_temperature, "teacher_temperature")
+    objective = Objective(
+        divergence=_choice(divergence, "divergence", DIVERGENCES),
+        temperature=temperature,
+        teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
+        alpha=_alpha(alpha),
+        kd_scale=temperature * temperature if _flag(scale_t2, "scale_t2") else 1.0,
+        ignore_index=_ignore_index(ignore_index),
+    )
+    reduction = _choice(reduction, "reduction", ("mean", "sum", "none"))
+    if denominator is not None:
+        denominator = _number(denominator, "denominator", "a positive finite number")
+        if not 0 < denominator < math.inf:
+            raise DomainError(f"denominator must be a positive finite number, got {denominator}")
+        if reduction != "mean":
+            raise DomainError(f'denominator={denominator} goes with reduction="mean", got reduction={reduction!r}')
+    strict = _flag(validate, "validate", optional=True)
+    check = engine.name == "cpu" if strict is None else strict
+
+    student = _logits(engine, student_logits, "student_logits")
+    lead, classes = tuple(student.shape[:-1]), student.shape[-1]
+    rows = math.prod(lead)
+    teacher = student
+    if teacher_logits is not None:
+        teacher = _logits(engine, teacher_logits, "teacher_logits")
+        _same_shape(teacher.shape, "teacher_logits", tuple(student.shape), "student_logits")
+    if labels is not None:
+        labels = _labels(engine, labels, lead)
+        if check and engine.name == "cpu":
+            _check_label_range(labels, lead, classes, objective.ignore_index)
+    elif objective.alpha > 0:
+        raise LabelError(f"labels are needed unless alpha is 0, got labels=None and alpha={objective.alpha}")
+    else:
+        labels = engine.empty((0,), np.int64)
+    weights = _weights(engine, weights, lead) if weights is not None else engine.empty((0,), np.float64)
+
+    gradient = None
+    if with_gradient and out is not None:
+        disjoint = {"student_logits": student, "teacher_logits": teacher, "labels": labels, "weights": weights}
+        if teacher_logits is None:
+            del disjoint["teacher_logits"]
+        gradient = _output(engine, out, tuple(student.shape), student, disjoint)
+    elif with_gradient:
+        gradient = engine.empty(tuple(student.shape), student.dtype)
+
+    if reduction == "mean" and denominator is None:
+        divisor = engine.empty((1,), np.float64)
+        engine.kernels.weight_sum(labels, weights, objective.ignore_index, rows, divisor, engine.where)
+    else:
+        divisor = engine.full((1,), np.float64, 1.0 if denominator is None else denominator)
+    loss, ce, kl = (engine.empty((rows,), np.float64) for _ in range(3))
+    status = engine.full((rows if check or engine.name == "cpu" else 0, 2), np.int64, 0)
+    no_gradient = engine.empty((0, classes), student.dtype)
+    arrays = [student, teacher] + ([gradient] if with_gradient else [])
+    for part, (s, t, *g) in _row_blocks(lead, arrays):
+        engine.kernels.kd_rows(
+            s, t, labels[part], weights[part], divisor, objective, g[0] if g else no_gradient,
+            loss[part], ce[part], kl[part], status[part], engine.where,
+        )  # fmt: skip
+    if check:
+        _check_rows(engine, status, lead, classes, objective.ignore_index)
+    if strict and with_gradient:
+        _check_gradients(engine, status, lead, objective.divergence)
+
+    def reduced(values: Any) -> Any:
+        if reduction == "none":
+            values = values.reshape(lead)
+        else:
+            total = engine.empty((), np.float64)
+            engine.kernels.reduce_rows(values, total, engine.where)
+            values = total
+        return values[()] if engine.name == "cpu" else values
+
+    return KDOutput(
+        loss=reduced(loss),
+        gradient=out if out is not None else gradient,
+        ce=reduced(ce) if objective.alpha > 0 else None,
+        kl=reduced(kl) if objective.alpha < 1 else None,
+    )
+
+
+def kd_loss_and_gradient(
+    student_logits: Any,
+    teacher_logits: Any,
+    labels: Any,
+    temperature: float,
+    alpha: float,
+    *,
+    divergence: str = "forward_kl",
+    teacher_temperature: float | None = None,
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    weights: Any = None,
+    reduction: Reduction = "mean",
+    denominator: float | None = None,
+    out: Any = None,
+    validate: bool | None = None,
+    threads: int | None = None,
+    stream: Any = None,
+) -> KDOutput:
+    """The KD loss and its exact gradient by the student's logits, in one pass.
+
+    With p = softmax(t/T), q = softmax(s/T), h = softmax(s), a row has
+
+        L     = alpha CE(h, y) + (1 - alpha) T² D(p, q)
+        dL/ds = alpha (h - onehot(y)) + (1 - alpha) T (q - p)        for the default D = KL(p || q)
+
+    **alpha is the weight of the hard cross-entropy**; some libraries mean the opposite. The gradient is the
+    derivative of the loss that this call returns, whatever the divergence, reduction, weights or mask.
+
+    Parameters
+    ----------
+    student_logits, teacher_logits : array [..., V]
+        float32, float64, float16 or bfloat16 (they may differ), both on the host or both on a CUDA device. -inf
+        rules a class out: where the teacher does, the class adds nothing; where only the student does, forward KL is
+        +inf with a finite gradient.
+    labels : array-like of int [...], or None
+        Classes in [0, V), or ``ignore_index``. None is allowed at alpha = 0.
+    temperature : float
+        T, positive and finite. CE is always taken at T = 1.
+    alpha : float
+        Weight of the cross-entropy, in [0, 1]. At 1 the teacher is not read; at 0 labels only mask.
+    divergence : {"forward_kl", "reverse_kl"}
+        D: KL(p || q), or KL(q || p). A row whose reverse KL is +inf (the teacher rules out a class that the student
+        allows) has no gradient: it is NaN, and an error under ``validate=True``.
+    teacher_temperature : float, optional
+        Temperature of the teacher alone; by default T.
+    scale_t2 : bool
+        Whether D is multiplied by T², which keeps the gradient's size as T grows (Hinton et al. 2015, section 2).
+    ignore_index : int
+        Rows with this label are masked: not read, loss 0, gradient 0, not counted by the mean.
+    weights : array-like [...], optional
+        A weight of at least 0 a row; 0 masks the row.
+    reduction : {"mean", "sum", "none"}
+        sum of w L / sum of w over unmasked rows; sum of w L; w L a row. Never divided by V. Nothing unmasked gives 0.
+    denominator : float, optional
+        Replaces the sum of weights in the mean, so that accumulated micro-batches add up to the batch.
+    out : array, optional
+        Where the gradient goes: ``student_logits`` itself, or an array of its shape that shares no element with an
+        input. After an error its contents are undefined.
+    validate, threads, stream
+        As for :func:`softmax`. ``validate=True`` also raises for undefined gradients.
+
+    Returns
+    -------
+    KDOutput
+        ``loss``, ``ce`` and ``kl`` in float64, ``gradient`` in the dtype of ``student_logits`` (or of ``out``).
+
+    Raises
+    ------
+    DomainError, DTypeError, ShapeError, LabelError, NonFiniteError, AliasError, DeviceMismatchError,
+    UndefinedGradientError
+
+    References
+    ----------
+    Hinton, Vinyals & Dean 2015, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531.
+
+    Examples
+    --------
+    >>> import numpy as np, kdcore
+    >>> student = np.array([[2.0, 0.0, -1.0, 0.5]])
+    >>> teacher = np.array([[0.3, 1.7, -0.2, 2.4]])
+    >>> result = kdcore.kd_loss_and_gradient(student, teacher, [3], temperature=3.0, alpha=0.0)
+    >>> print(round(float(result.loss), 7))
+    1.0666924
+    >>> result.gradient.round(4)
+    array([[ 0.6559, -0.2579, -0.0219, -0.3761]])
+    """
+    return _kd(
+        student_logits,
+        teacher_logits,
+        labels,
+        temperature,
+        alpha,
+        divergence=divergence,
+        teacher_temperature=teacher_temperature,
+        scale_t2=scale_t2,
+        ignore_index=ignore_index,
+        weights=weights,
+        reduction=reduction,
+        denominator=denominator,
+        with_gradient=True,
+        out=out,
+        validate=validate,
+        threads=threads,
+        stream=stream,
+    )
+
+
+def kd_loss(
+    student_logits: Any,
+    teacher_logits: Any,
+    labels: Any,
+    temperature: float,
+    alpha: float,
+    *,
+    divergence: str = "forward_kl",
+    teacher_temperature: float | None = None,
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    weights: Any = None,
+    reduction: Reduction = "mean",
+    denominator: float | None = None,
+    validate: bool | None = None,
+    threads: int | None = None,
+    stream: Any = None,
+) -> Any:
+    """The loss of :func:`kd_loss_and_gradient` alone; alpha is the weight of the cross-entropy.
+
+    Examples
+    --------
+    >>> import numpy as np, kdcore
+    >>> print(round(float(kdcore.kd_loss(np.zeros(4), np.array([10.0, 0, 0, 0]), 2, 4.0, alpha=1.0)), 6))  # log 4
+    1.386294
+    """
+    return _kd(
+        student_logits,
+        teacher_logits,
+        labels,
+        temperature,
+        alpha,
+        divergence=divergence,
+        teacher_temperature=teacher_temperature,
+        scale_t2=scale_t2,
+        ignore_index=ignore_index,
+        weights=weights,
+        reduction=reduction,
+        denominator=denominator,
+        with_gradient=False,
+        out=None,
+        validate=validate,
+        threads=threads,
+        stream=stream,
+    ).loss
+
+
+def kd_logit_gradient(
+    student_logits: Any,
+    teacher_logits: Any,
+    labels: Any,
+    temperature: float,
+    alpha: float,
+    *,
+    divergence: str = "forward_kl",
+    teacher_temperature: float | None = None,
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    weights: Any = None,
+    reduction: Reduction = "mean",
+    denominator: float | None = None,
+    out: Any = None,
+    validate: bool | None = None,
+    threads: int | None = None,
+    stream: Any = None,
+) -> Any:
+    """The gradient of :func:`kd_loss_and_gradient` alone; alpha is the weight of the cross-entropy.
+
+    Examples
+    --------
+    >>> import numpy as np, kdcore
+    >>> kdcore.kd_logit_gradient(np.zeros(4), np.zeros(4), 2, temperature=4.0, alpha=1.0)
+    array([ 0.25,  0.25, -0.75,  0.25])
+    """
+    return _kd(
+        student_logits,
+        teacher_logits,
+        labels,
+        temperature,
+        alpha,
+        divergence=divergence,
+        teacher_temperature=teacher_temperature,
+        scale_t2=scale_t2,
+        ignore_index=ignore_index,
+        weights=weights,
+        reduction=reduction,
+        denominator=denominator,
+        with_gradient=True,
+        out=out,
+        validate=validate,
+        threads=threads,
+        stream=stream,
+    ).gradient
+
+
+def kl_divergence(
+    student_logits: Any,
+    teacher_logits: Any,
+    temperature: float = 1.0,
+    *,
+    divergence: str = "forward_kl",
+    reduction: Reduction = "mean",
+    validate: bool | None = None,
+    threads: int | None = None,
+    stream: Any = None,
+) -> Any:
+    """D(softmax(teacher/T), softmax(student/T)) without the factor T²; by default KL(teacher || student).
+
+    Student first, teacher second. Arguments, reductions and errors as for :func:`kd_loss_and_gradient`.
+
+    Examples
+    --------
+    >>> import numpy as np, kdcore
+    >>> print(round(float(kdcore.kl_divergence(np.zeros(2), np.log([0.25, 0.75]))), 6))
+    0.130812
+    """
+    return _kd(
+        student_logits,
+        teacher_logits,
+        None,
+        temperature,
+        0.0,
+        divergence=divergence,
+        teacher_temperature=None,
+        scale_t2=False,
+        ignore_index=-100,
+        weights=None,
+        reduction=reduction,
+        denominator=None,
+        with_gradient=False,
+        out=None,
+        validate=validate,
+        threads=threads,
+        stream=stream,
+    ).loss
+
+
+def cross_entropy(
+    student_logits: Any,
+    labels: Any,
+    *,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    validate: bool | None = None,
+    threads: int | None = None,
+    stream: Any = None,
+) -> Any:
+    """-log softmax(student_logits)[label]; +inf for a label on a -inf class.
+
+    Arguments, reductions and errors as for :func:`kd_loss_and_gradient`.
+
+    Examples
+    --------
+    >>> import numpy as np, kdcore
+    >>> print(round(float(kdcore.cross_entropy(np.array([[0.0, 30.0]]), [0])), 6))
+    30.0
+    """
+    return _kd(
+        student_logits,
+        None,
+        labels,
+        1.0,
+        1.0,
+        divergence="forward_kl",
+        teacher_temperature=None,
+        scale_t2=True,
+        ignore_index=ignore_index,
+        weights=None,
+        reduction=reduction,
+        denominator=None,
+        with_gradient=False,
+        out=None,
+        validate=validate,
+        threads=threads,
+        stream=stream,
+    ).loss
+
+
+# --- dense layers of a teacher's forward ---------------------------------------------------------------------------
+
+
+def linear(x: Any, weight: Any, bias: Any, activation: str, *, threads: int | None = None, stream: Any = None) -> Any:
+    """activation(x [B, K] @ weight [M, K].T + bias [M]), in float32, where x lives."""
+    engine = _engine({"x": x, "weight": weight, "bias": bias}, threads, stream)
+    x, weight, bias = (engine.memory.as_array(array) for array in (x, weight, bias))
+    _same_shape(weight.shape[1:], "weight[1:]", tuple(x.shape[1:]), "x without its rows")
+    _same_shape(bias.shape, "bias", tuple(weight.shape[:1]), "weight without its columns")
+    out = engine.empty((x.shape[0], weight.shape[0]), np.float32)
+    engine.kernels.linear(x, weight, bias, activation, out, engine.where)
+    return out
