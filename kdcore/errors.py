@@ -12,12 +12,14 @@ __all__ = [
     "DomainError",
     "DTypeError",
     "EmptyForwardError",
+    "EndOfDataError",
     "FileFormatError",
     "GradientOrderError",
     "KdcoreError",
     "LabelError",
     "MissingDependencyError",
     "MissingRowError",
+    "MissingSourceError",
     "NonFiniteError",
     "ProbabilitiesWarning",
     "ShapeError",
@@ -71,6 +73,10 @@ class MissingDependencyError(KdcoreError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 
 
+class MissingSourceError(KdcoreError, FileNotFoundError):
+    """The demo's text, the standard library's source files, is not installed."""
+
+
 class MissingRowError(KdcoreError, KeyError):
     """A teacher file has no row under the asked row number or content."""
 
@@ -100,6 +106,10 @@ class VocabularyMismatchError(KdcoreError, ValueError):
 
 class EmptyForwardError(KdcoreError, RuntimeError):
     """A teacher's forward returned nothing."""
+
+
+class EndOfDataError(KdcoreError, EOFError):
+    """A batch source that does not wrap around has given every row of its pass."""
 
 
 class GradientOrderError(KdcoreError, RuntimeError):

@@ -7,7 +7,6 @@ device arrays out, on the CUDA engine. Letters: B rows (any leading shape), V cl
 from __future__ import annotations
 
 import math
-import numbers
 import os
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -17,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from kdcore import rowstatus
+from kdcore.checks import integer, number_in, positive_number
 from kdcore.errors import (
     AliasError,
     DeviceMismatchError,
@@ -93,22 +93,16 @@ def _on_device(obj: Any) -> bool:
 
 def resolve_threads(threads: int | None) -> int:
     """The number of CPU threads: ``threads``, else ``KDCORE_NUM_THREADS``, else the CPUs that the process may use."""
-    source, value = "threads", threads
-    if value is None:
-        source, text = "the environment variable KDCORE_NUM_THREADS", os.environ.get("KDCORE_NUM_THREADS")
-        if text is None:
-            from kdcore.cpu.pool import default_threads
+    if threads is not None:
+        return integer(threads, "threads", least=1)
+    text = os.environ.get("KDCORE_NUM_THREADS")
+    if text is None:
+        from kdcore.cpu.pool import default_threads
 
-            return default_threads()
-        try:
-            value = int(text)
-        except ValueError:
-            raise DomainError(f"{source} must be a positive integer, got {text!r}") from None
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise DTypeError(f"{source} must be a positive integer, got {value!r}")
-    if value < 1:
-        raise DomainError(f"{source} must be a positive integer, got {value}")
-    return int(value)
+        return default_threads()
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise DomainError(f"the environment variable KDCORE_NUM_THREADS must be a positive integer, got {text!r}")
+    return int(text)
 
 
 def _engine(arrays: dict[str, Any], threads: int | None, stream: Any) -> _Engine:
@@ -153,26 +147,11 @@ def to_host(array: Any) -> np.ndarray:
 # --- validation ----------------------------------------------------------------------------------------------------
 
 
-def _number(value: Any, name: str, expected: str) -> float:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        raise DTypeError(f"{name} must be {expected}, got {value!r}")
-    return float(value)
-
-
 def _temperature(value: Any, name: str = "temperature") -> float:
     low, high = _TEMPERATURE_RANGE
-    number = _number(value, name, "a positive finite number")
-    if not 0 < number < math.inf:
-        raise DomainError(f"{name} must be a positive finite number, got {value!r}")
+    number = positive_number(value, name)
     if not low <= number <= high:
         raise DomainError(f"{name} must be between {low} and {high}, got {value!r}")
-    return number
-
-
-def _alpha(value: Any) -> float:
-    number = _number(value, "alpha", "a number in [0, 1], the weight of the cross-entropy")
-    if not 0 <= number <= 1:
-        raise DomainError(f"alpha must be in [0, 1], the weight of the cross-entropy, got {value!r}")
     return number
 
 
@@ -186,12 +165,6 @@ def _choice(value: Any, name: str, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise DomainError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
-
-
-def _ignore_index(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise DTypeError(f"ignore_index must be an integer, got {value!r}")
-    return int(value)
 
 
 def _logits(engine: _Engine, obj: Any, name: str) -> Any:
@@ -318,6 +291,8 @@ def _check_logits(engine: _Engine, status: Any, lead: tuple[int, ...], names: di
 def _check_rows(engine: _Engine, status: Any, lead: tuple[int, ...], classes: int, ignore_index: int) -> None:
     """Raise for the first row of a KD call that a kernel could not use, whatever the reason."""
     codes, details = engine.memory.to_host(status).T
+    if not codes.any():  # rowstatus.OK is 0
+        return
     if (codes == rowstatus.LABEL).any():
         row = int((codes == rowstatus.LABEL).argmax())
         raise _label_error(lead, row, int(details[row]), classes, ignore_index)
@@ -491,15 +466,13 @@ def _kd(
         divergence=_choice(divergence, "divergence", DIVERGENCES),
         temperature=temperature,
         teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
-        alpha=_alpha(alpha),
+        alpha=number_in(alpha, "alpha", 0, 1),
         kd_scale=temperature * temperature if _flag(scale_t2, "scale_t2") else 1.0,
-        ignore_index=_ignore_index(ignore_index),
+        ignore_index=integer(ignore_index, "ignore_index"),
     )
     reduction = _choice(reduction, "reduction", ("mean", "sum", "none"))
     if denominator is not None:
-        denominator = _number(denominator, "denominator", "a positive finite number")
-        if not 0 < denominator < math.inf:
-            raise DomainError(f"denominator must be a positive finite number, got {denominator}")
+        denominator = positive_number(denominator, "denominator")
         if reduction != "mean":
             raise DomainError(f'denominator={denominator} goes with reduction="mean", got reduction={reduction!r}')
     strict = _flag(validate, "validate", optional=True)

@@ -14,8 +14,8 @@ from threading import Lock
 
 __all__ = ["default_threads", "run_blocks"]
 
-#: Below this many elements a call is over before a second thread would have started.
-_SERIAL_ELEMENTS = 1 << 15
+#: Up to this many elements the hand-over to other threads costs more than they save.
+_SERIAL_ELEMENTS = 1 << 17
 _BLOCKS_PER_THREAD = 4
 
 _lock = Lock()

@@ -32,8 +32,8 @@ class StudentLogitsProvider(Protocol):
         """One optimiser step with dL/dlogits of the last forward, summed over rows and divided by ``denominator``.
 
         The default denominator is the number of rows of the last forward, or of its unmasked positions. A gradient
-        belongs to its own forward: applying one twice, without a forward, or in another shape is a
-        :class:`~kdcore.errors.GradientOrderError`.
+        belongs to its own forward: applying one twice or without a forward is a
+        :class:`~kdcore.errors.GradientOrderError`, one in another shape a :class:`~kdcore.errors.ShapeError`.
         """
         ...
 

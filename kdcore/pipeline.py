@@ -1,0 +1,533 @@
+"""A distillation run: teacher → student → step, from a configuration to a saved student."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from kdcore.batches import Batch, BatchSource
+from kdcore.callbacks import Callback, RunState
+from kdcore.config import DistillConfig
+from kdcore.errors import (
+    CheckpointError,
+    ConfigError,
+    DegenerateTeacherError,
+    KdcoreError,
+    NonFiniteError,
+    ShapeError,
+    VocabularyMismatchError,
+)
+from kdcore.ops import cross_entropy, kl_divergence
+from kdcore.steps import kd_step, kd_step_per_position
+from kdcore.students.base import StudentLogitsProvider
+from kdcore.teachers.base import TeacherLogitsProvider
+from kdcore.teachers.truncating import TruncatingTeacher
+
+__all__ = ["Pipeline", "PipelineResult"]
+
+_log = logging.getLogger("kdcore")
+
+#: Below this mean KL (nats, at T) over the held-out rows the student already agrees with its teacher. Float32
+#: rounding alone gives some 1e-7; a student that has anything to learn from its teacher is far above.
+_DEGENERATE_KL = 1e-6
+#: Held-out rows are evaluated in pieces of about so many logits, 8 MB in float32.
+_EVALUATION_ELEMENTS = 1 << 21
+_STUDENT_FILE = "student.h5"
+_STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What :meth:`Pipeline.execute` returns.
+
+    ``metrics`` holds initial_loss, final_loss and best_validation_loss on the same held-out rows; initial_ce,
+    initial_kl, final_ce and final_kl, the parts of the loss (kl with its T²; None where alpha leaves a part out);
+    steps, epochs, throughput (training rows a second), improvement_ratio = 1 - final_loss / initial_loss, objective,
+    stop_reason, and discarded_teacher_mass where the teacher was truncated.
+    """
+
+    output_path: Path
+    metrics: dict[str, Any]
+    duration_seconds: float
+
+
+class Pipeline:
+    """Validate, train, validate on held-out rows, save; resumable bit for bit.
+
+    Parameters
+    ----------
+    config : DistillConfig
+    teacher : TeacherLogitsProvider
+    student : StudentLogitsProvider
+    batches : BatchSource
+        Training rows, and the held-out rows that every validation uses. With ``config.per_position`` its labels are
+        [B, L], otherwise [B].
+    callbacks : sequence of Callback
+    progress : bool, optional
+        Whether to show a progress bar; by default if standard error is a terminal.
+
+    Examples
+    --------
+    >>> import kdcore, tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     config = kdcore.DistillConfig(output_dir=directory + "/run", alpha=0.5, batch_size=4, epochs=2)
+    ...     result = kdcore.Pipeline(
+    ...         config,
+    ...         teacher=kdcore.FixtureTeacher(8),
+    ...         student=kdcore.LogitStudent(8, context=1, learning_rate=1.0),
+    ...         batches=kdcore.SyntheticBatchSource(8, rows_per_epoch=400),
+    ...     ).execute()
+    ...     student = kdcore.LogitStudent.load(result.output_path)
+    >>> result.metrics["steps"], result.metrics["final_loss"] < result.metrics["initial_loss"]
+    (200, True)
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        *,
+        teacher: TeacherLogitsProvider,
+        student: StudentLogitsProvider,
+        batches: BatchSource,
+        callbacks: Sequence[Callback] = (),
+        progress: bool | None = None,
+    ) -> None:
+        for name, value, kind in (
+            ("config", config, DistillConfig),
+            ("teacher", teacher, TeacherLogitsProvider),
+            ("student", student, StudentLogitsProvider),
+            ("batches", batches, BatchSource),
+        ):
+            if not isinstance(value, kind):
+                raise ConfigError(f"{name} must be a {kind.__name__}, got {value!r}")
+        self.config = config
+        self.teacher = _fit_vocabulary(teacher, student, config)
+        self.student = student
+        self.batches = batches
+        self.callbacks = list(callbacks)
+        self.progress = sys.stderr.isatty() if progress is None else progress
+        self._output = Path(config.output_dir)
+
+    # --- the run ----------------------------------------------------------------------------------------------------
+
+    def execute(self, *, resume: bool = False) -> PipelineResult:
+        """Run to the end, or from the newest checkpoint in ``output_dir`` to the end.
+
+        Success is reported only after the student was saved, loaded again and found to give the same logits. The
+        student given to the pipeline is trained in place; a resumed run goes on with the one that the checkpoint
+        holds, learning rate included, and ``pipeline.student`` is then that one.
+
+        Raises
+        ------
+        ConfigError
+            ``output_dir`` holds another run, or none to resume.
+        DegenerateTeacherError
+            The student already agrees with its teacher.
+        CheckpointError
+            A checkpoint did not survive its round trip.
+        """
+        started = time.perf_counter()
+        held_out = self.batches.held_out()
+        _check_held_out(held_out, self.config)
+        steps_per_epoch = self.batches.batches_per_epoch(self.config.batch_size)
+        if steps_per_epoch < 1:
+            raise ConfigError(f"the batch source has {steps_per_epoch} batches in a pass: there is nothing to train on")
+        total_steps = self.config.epochs * steps_per_epoch
+        if self.config.max_steps is not None:
+            total_steps = min(total_steps, self.config.max_steps)
+        checkpoints = self._checkpoints()
+        if resume:
+            if not checkpoints:
+                raise ConfigError(f"output_dir={str(self._output)!r} holds no checkpoint to resume from")
+            saved = self._restore(checkpoints[-1], held_out)
+        elif checkpoints or (self._output / _STUDENT_FILE).exists():
+            raise ConfigError(
+                f"output_dir={str(self._output)!r} already holds a run: resume it with execute(resume=True), "
+                "or choose another directory"
+            )
+        self._output.mkdir(parents=True, exist_ok=True)
+        with self._logging():
+            state = RunState(self.student, total_steps)
+            if resume:
+                state.step, state.epoch = saved["step"], saved["epoch"]
+                state.loss, history = saved["loss"], saved["history"]
+                state.metrics = dict(history["last"])
+                self._announce(total_steps)
+                _log.info("resumed at step %d of %d", state.step, total_steps)
+            else:
+                self.batches.reset()  # a source that has given rows before would end its first pass too early
+                self._announce(total_steps)
+                initial = self._evaluate(held_out)
+                self._check_distinct(initial)
+                history = {
+                    "initial": initial, "last": initial, "last_step": 0, "best": initial["loss"],
+                    "rows": 0, "seconds": 0.0,
+                }  # fmt: skip
+                state.metrics = dict(initial)
+            self._train(state, history, held_out, steps_per_epoch)
+            if history["last_step"] != state.step:
+                self._validate(state, history, held_out)
+            self._checkpoint(state, history, held_out)
+            path = self._publish(state.step)
+            metrics = self._metrics(state, history)
+            _write_text(self._output / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+            _log.info("saved %s; held-out loss %.6g -> %.6g", path, metrics["initial_loss"], metrics["final_loss"])
+        return PipelineResult(path, metrics, time.perf_counter() - started)
+
+    def _train(self, state: RunState, history: dict[str, Any], held_out: Batch, steps_per_epoch: int) -> None:
+        config = self.config
+        bar = tqdm(
+            total=state.total_steps, initial=state.step, disable=not self.progress, unit="step", desc="distilling"
+        )
+        with bar:
+            while state.step < state.total_steps and state.stop_reason is None:
+                for callback in self.callbacks:
+                    callback.on_step_begin(state)
+                began = time.perf_counter()
+                batch = self.batches.next_batch(config.batch_size)
+                state.loss = self._step(batch)
+                state.step += 1
+                history["rows"] += len(batch)
+                history["seconds"] += time.perf_counter() - began
+                epoch_ends = state.step % steps_per_epoch == 0
+                if epoch_ends:
+                    state.epoch += 1
+                    self.batches.reset()
+                bar.update()
+                bar.set_postfix(loss=f"{state.loss:.4g}", refresh=False)
+                if state.step == 1 or state.step % config.log_every == 0:
+                    _log.info("step %d of %d: loss %.6g", state.step, state.total_steps, state.loss)
+                if state.step % config.validate_every == 0 if config.validate_every else epoch_ends:
+                    self._validate(state, history, held_out)
+                for callback in self.callbacks:
+                    callback.on_step_end(state)
+                if epoch_ends:
+                    for callback in self.callbacks:
+                        callback.on_epoch_end(state)
+                if config.checkpoint_every and state.step % config.checkpoint_every == 0:
+                    self._checkpoint(state, history, held_out)
+        if state.stop_reason is not None:
+            _log.info("stopped after step %d: %s", state.step, state.stop_reason)
+
+    def _step(self, batch: Batch) -> float:
+        config = self.config
+        arguments = (self.teacher, batch.for_teacher, batch.labels, config.temperature, config.alpha)
+        keywords: dict[str, Any] = {"divergence": config.divergence, "ignore_index": config.ignore_index}
+        if config.per_position:
+            logits, mask = self.student.logits_per_position(batch.input_ids)
+            _check_rows(logits, batch)
+            rows = iter([row[exists] for row, exists in zip(logits, mask, strict=True)])
+            loss, gradient, counted = kd_step_per_position(*arguments, lambda _: next(rows), **keywords)
+            count = int(counted.sum())
+        else:
+            logits = self.student.logits_for_batch(batch.input_ids)
+            _check_rows(logits, batch)
+            rows = iter(logits)
+            loss, gradient = kd_step(*arguments, lambda _: next(rows), **keywords)
+            count = int(np.count_nonzero(batch.labels != config.ignore_index))
+        if not math.isfinite(loss):
+            raise _infinite("training", loss)
+        self.student.apply_kd_gradient(gradient, denominator=max(count, 1))
+        return loss
+
+    # --- validation -------------------------------------------------------------------------------------------------
+
+    def _validate(self, state: RunState, history: dict[str, Any], held_out: Batch) -> None:
+        metrics = self._evaluate(held_out)
+        state.metrics = dict(metrics)
+        history.update(last=metrics, last_step=state.step, best=min(history["best"], metrics["loss"]))
+        _log.info("step %d: held-out %s", state.step, _in_figures(metrics))
+
+    def _evaluate(self, held_out: Batch) -> dict[str, Any]:
+        """Loss, CE and T² D, means over the held-out rows or positions."""
+        config = self.config
+        totals = {"ce": 0.0, "kl": 0.0}
+        count = 0
+        for part in _parts(held_out, max(config.batch_size, _EVALUATION_ELEMENTS // self.student.vocab_size)):
+            student, teacher, labels = self._logits(part)
+            keep = labels != config.ignore_index
+            count += int(keep.sum())
+            if config.alpha > 0:
+                totals["ce"] += float(cross_entropy(student, labels, ignore_index=config.ignore_index, reduction="sum"))
+            if config.alpha < 1:
+                divergence = kl_divergence(
+                    student[keep], teacher[keep], config.temperature, divergence=config.divergence, reduction="sum"
+                )
+                totals["kl"] += config.temperature**2 * float(divergence)
+        if count == 0:
+            raise ShapeError("every held-out row is masked: there is nothing to validate on")
+        ce = totals["ce"] / count if config.alpha > 0 else None
+        kl = totals["kl"] / count if config.alpha < 1 else None
+        loss = config.alpha * (ce or 0.0) + (1 - config.alpha) * (kl or 0.0)
+        if not math.isfinite(loss):  # no later loss could be compared with it
+            raise _infinite("held-out", loss)
+        return {"loss": loss, "ce": ce, "kl": kl}
+
+    def _logits(self, batch: Batch) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]:
+        """Student and teacher logits [N, V] and labels [N] of rows, or of positions that exist."""
+        teacher = None
+        if self.config.per_position:
+            student, mask = self.student.logits_per_position(batch.input_ids)
+            _check_rows(student, batch)
+            if mask.shape != np.shape(batch.labels):
+                raise ShapeError(f"labels must have shape {mask.shape} like input_ids, got {np.shape(batch.labels)}")
+            if self.config.alpha < 1:
+                teacher, teacher_mask = self.teacher.logits_per_position(batch.for_teacher)
+                if not np.array_equal(teacher_mask, mask):
+                    raise ShapeError("teacher and student have different positions in the held-out rows")
+                teacher = teacher[mask]
+            student, labels = student[mask], np.asarray(batch.labels)[mask]
+        else:
+            student, labels = self.student.logits_for_batch(batch.input_ids), np.asarray(batch.labels)
+            _check_rows(student, batch)
+            if self.config.alpha < 1:
+                teacher = self.teacher.logits_for_batch(batch.for_teacher)
+        if teacher is not None and teacher.shape != student.shape:
+            raise ShapeError(f"the teacher must return logits of shape {student.shape}, got {teacher.shape}")
+        return student, student if teacher is None else teacher, labels
+
+    def _check_distinct(self, initial: dict[str, Any]) -> None:
+        if self.config.alpha == 1 or self.config.allow_degenerate:
+            return
+        divergence = initial["kl"] / self.config.temperature**2
+        if divergence < _DEGENERATE_KL:
+            raise DegenerateTeacherError(
+                f"teacher and student agree before the first step (mean held-out KL {divergence:.3g} nats): "
+                "there is nothing to distil; allow_degenerate=True runs all the same"
+            )
+
+    def _metrics(self, state: RunState, history: dict[str, Any]) -> dict[str, Any]:
+        initial, final = history["initial"], history["last"]
+        metrics = {
+            "objective": self.config.objective(),
+            "initial_loss": initial["loss"],
+            "final_loss": final["loss"],
+            "best_validation_loss": history["best"],
+            "initial_ce": initial["ce"],
+            "final_ce": final["ce"],
+            "initial_kl": initial["kl"],
+            "final_kl": final["kl"],
+            "improvement_ratio": 1 - final["loss"] / initial["loss"] if initial["loss"] > 0 else 0.0,
+            "steps": state.step,
+            "epochs": state.epoch,
+            "throughput": history["rows"] / history["seconds"] if history["seconds"] else 0.0,
+            "stop_reason": state.stop_reason,
+        }
+        if isinstance(self.teacher, TruncatingTeacher):
+            metrics["discarded_teacher_mass"] = self.teacher.discarded_mass
+        return metrics
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _checkpoints(self) -> list[Path]:
+        """Finished checkpoints, oldest first."""
+        return sorted(self._output.glob("checkpoints/step-[0-9]*[0-9]"))
+
+    def _checkpoint_path(self, step: int) -> Path:
+        return self._output / "checkpoints" / f"step-{step:010d}"
+
+    def _checkpoint(self, state: RunState, history: dict[str, Any], held_out: Batch) -> None:
+        """Student and run in one directory, which appears under its name only when it is complete and verified."""
+        final = self._checkpoint_path(state.step)
+        if final.exists():  # this step's periodic checkpoint
+            return
+        part = final.with_name(f"{final.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        self._save_student(part / _STUDENT_FILE, held_out)
+        saved = {
+            "step": state.step,
+            "epoch": state.epoch,
+            "loss": state.loss,
+            "history": history,
+            "batches": self.batches.state(),
+            "truncation": self.teacher.state() if isinstance(self.teacher, TruncatingTeacher) else None,
+            "config": self._fingerprint(held_out),
+        }
+        _write_text(part / _STATE_FILE, json.dumps(saved, indent=2))
+        _sync_directory(part)
+        os.replace(part, final)
+        _sync_directory(final.parent)
+        for old in self._checkpoints()[: -self.config.keep_checkpoints]:
+            shutil.rmtree(old)
+        _log.info("checkpoint %s", final)
+        for callback in self.callbacks:
+            callback.on_checkpoint(state, final)
+
+    def _publish(self, step: int) -> Path:
+        """The last checkpoint's student, which has been verified, under its own name in the output directory."""
+        path = self._output / _STUDENT_FILE
+        verified = self._checkpoint_path(step) / _STUDENT_FILE
+        part = path.with_name(f"{path.name}.part")
+        part.unlink(missing_ok=True)
+        try:
+            os.link(verified, part)  # the same bytes, without writing them again
+        except OSError:  # a file system without hard links
+            shutil.copyfile(verified, part)
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(part, path)
+        _sync_directory(self._output)
+        return path
+
+    def _save_student(self, path: Path, held_out: Batch) -> None:
+        """Save, load again, compare: a file that does not give the student's own logits is no checkpoint."""
+        self.student.save_checkpoint(path)
+        if not path.exists():
+            raise CheckpointError(f"{path}: the student's save_checkpoint wrote nothing")
+        loaded = type(self.student).load(path)
+        if not isinstance(loaded, StudentLogitsProvider):
+            raise CheckpointError(f"{path}: the student's load returned {loaded!r}, which is no student")
+        part = next(_parts(held_out, self.config.batch_size))
+        ours, theirs = (
+            student.logits_per_position(part.input_ids)[0]
+            if self.config.per_position
+            else student.logits_for_batch(part.input_ids)
+            for student in (self.student, loaded)
+        )
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype or not np.array_equal(ours, theirs, equal_nan=True):
+            raise CheckpointError(f"{path}: the student loaded from it gives other logits than the one saved")
+
+    def _restore(self, checkpoint: Path, held_out: Batch) -> dict[str, Any]:
+        try:
+            saved: dict[str, Any] = json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
+            before, now = saved["config"], self._fingerprint(held_out)
+            differing = sorted(name for name, value in now.items() if before.get(name) != value)
+            if differing:
+                raise ConfigError(
+                    f"{checkpoint} belongs to another configuration: "
+                    + ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in differing)
+                )
+            for name in ("step", "epoch", "loss", "history"):
+                saved[name]
+            self.student = type(self.student).load(checkpoint / _STUDENT_FILE)
+            self.batches.restore(saved["batches"])
+            if isinstance(self.teacher, TruncatingTeacher):
+                self.teacher.restore(saved["truncation"])
+        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, KdcoreError):
+                raise
+            raise CheckpointError(f"{checkpoint} cannot be read: {error}") from error
+        return saved
+
+    def _fingerprint(self, held_out: Batch) -> dict[str, Any]:
+        """What must not change between a run and its continuation: everything but its length and its reporting."""
+        free = {
+            "output_dir", "epochs", "max_steps", "validate_every", "checkpoint_every", "keep_checkpoints", "log_every",
+        }  # fmt: skip
+        config = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in free}
+        return config | {
+            "student": type(self.student).__name__,
+            "vocab_size": self.student.vocab_size,
+            "held_out_labels": _digest(held_out.labels),
+        }
+
+    # --- reporting --------------------------------------------------------------------------------------------------
+
+    def _announce(self, total_steps: int) -> None:
+        line = f"objective: {self.config.objective()}"
+        _log.info(line)
+        _log.info("%d steps of %d rows", total_steps, self.config.batch_size)
+        if self.progress:
+            tqdm.write(line, file=sys.stderr)
+
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        """The run's own log, run.log in the output directory, beside whatever logging the program has."""
+        handler = logging.FileHandler(self._output / "run.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        level = _log.level
+        _log.addHandler(handler)
+        _log.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            _log.setLevel(level)
+            _log.removeHandler(handler)
+            handler.close()
+
+
+def _fit_vocabulary(
+    teacher: TeacherLogitsProvider, student: StudentLogitsProvider, config: DistillConfig
+) -> TeacherLogitsProvider:
+    if teacher.vocab_size == student.vocab_size:
+        return teacher
+    if config.vocabulary == "truncate":
+        return TruncatingTeacher(teacher, student.vocab_size)
+    raise VocabularyMismatchError(
+        f"the teacher has {teacher.vocab_size} classes and the student {student.vocab_size}; "
+        'vocabulary="truncate" cuts a wider teacher to the student\'s classes before the softmax'
+    )
+
+
+def _check_held_out(held_out: Batch, config: DistillConfig) -> None:
+    if not len(held_out):
+        raise ShapeError("the batch source holds out no rows: validation needs at least one")
+    dimensions = 2 if config.per_position else 1
+    if np.ndim(held_out.labels) != dimensions:
+        raise ConfigError(
+            f"per_position={config.per_position} needs labels with {dimensions} dimension(s), "
+            f"but the batch source gives labels of shape {np.shape(held_out.labels)}"
+        )
+
+
+def _check_rows(logits: NDArray[Any], batch: Batch) -> None:
+    if len(logits) != len(batch):
+        raise ShapeError(f"the student must return logits for the {len(batch)} rows of the batch, got {len(logits)}")
+
+
+def _infinite(name: str, loss: float) -> NonFiniteError:
+    return NonFiniteError(
+        f"the {name} loss is {loss}: a class that is asked of the student has the logit -inf, or, with reverse_kl, "
+        "the teacher rules out a class that the student allows"
+    )
+
+
+def _digest(labels: Any) -> str:
+    """Enough to tell the held-out rows of one data set from another's."""
+    values = np.ascontiguousarray(labels, np.int64)
+    return hashlib.blake2b(values.tobytes(), digest_size=8, salt=str(values.shape)[:16].encode()).hexdigest()
+
+
+def _parts(batch: Batch, rows: int) -> Iterator[Batch]:
+    """A batch in pieces of at most ``rows`` rows."""
+    for start in range(0, len(batch), rows):
+        part = slice(start, start + rows)
+        teacher_ids = None if batch.teacher_ids is None else batch.teacher_ids[part]
+        yield Batch(batch.input_ids[part], batch.labels[part], teacher_ids)
+
+
+def _in_figures(metrics: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.6g}" for name, value in metrics.items() if value is not None)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    """Make a rename last: it is in the directory, which has its own place on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,193 @@
+"""One distillation step: teacher and student logits in, mean loss and logit gradients out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcore.checks import number_in, positive_number
+from kdcore.errors import DTypeError, ShapeError, VocabularyMismatchError
+from kdcore.ops import kd_loss_and_gradient
+from kdcore.sequences import as_rows, pad_rows
+from kdcore.teachers.base import InputIds, TeacherLogitsProvider
+
+__all__ = ["kd_step", "kd_step_per_position"]
+
+
+def kd_step(
+    teacher: TeacherLogitsProvider,
+    input_ids: InputIds,
+    labels: Any,
+    temperature: float,
+    alpha: float,
+    compute_student_logits: Callable[[Any], Any],
+    *,
+    divergence: str = "forward_kl",
+    ignore_index: int = -100,
+) -> tuple[float, NDArray[Any]]:
+    """The mean KD loss over rows, and the gradient of each row's loss by its student logits.
+
+    The loss of a row is alpha CE + (1 - alpha) T² KL(teacher || student): **alpha is the weight of CE**.
+
+    Parameters
+    ----------
+    teacher : TeacherLogitsProvider
+        Asked once, for the whole batch; not at alpha = 1, where no teacher is read.
+    input_ids : B rows of token ids
+        Ragged or an array [B, L].
+    labels : array-like of int [B]
+        Rows labelled ``ignore_index`` are masked. None is allowed at alpha = 0.
+    temperature, alpha, divergence, ignore_index
+        As for :func:`kdcore.kd_loss_and_gradient`.
+    compute_student_logits : callable
+        ``compute_student_logits(row_ids) -> [V]``, called once a row, in order.
+
+    Returns
+    -------
+    loss : float
+        Mean over unmasked rows; 0.0 for an empty batch.
+    gradients : array [B, V]
+        Not divided by B; 0 for masked rows.
+
+    Examples
+    --------
+    >>> import numpy as np, kdcore
+    >>> loss, gradients = kdcore.kd_step(
+    ...     kdcore.FixtureTeacher(8), [[1, 2, 3], [4, 5]], [3, 5], 4.0, 0.5, lambda row_ids: np.zeros(8)
+    ... )
+    >>> print(round(loss, 4), gradients.shape)
+    6.7449 (2, 8)
+    """
+    _check_scalars(temperature, alpha)
+    rows = list(input_ids)
+    vocab_size = teacher.vocab_size
+    if labels is not None and np.shape(labels) != (len(rows),):
+        raise ShapeError(f"labels must have one entry for each of the {len(rows)} rows, got shape {np.shape(labels)}")
+    if not rows:
+        return 0.0, np.empty((0, vocab_size), np.float32)
+    teacher_logits = None
+    if alpha < 1:
+        teacher_logits = _teacher_logits(teacher.logits_for_batch(input_ids), (len(rows), vocab_size))
+    student_rows = [_student_logits(compute_student_logits(row), i, (vocab_size,)) for i, row in enumerate(rows)]
+    student_logits = np.stack(student_rows)
+    result = kd_loss_and_gradient(
+        student_logits,
+        student_logits if teacher_logits is None else teacher_logits,  # not read at alpha = 1
+        labels,
+        temperature,
+        alpha,
+        divergence=divergence,
+        ignore_index=ignore_index,
+        reduction="sum",
+    )
+    count = len(rows) if labels is None else int(np.count_nonzero(np.asarray(labels) != ignore_index))
+    return float(result.loss) / max(count, 1), result.gradient
+
+
+def kd_step_per_position(
+    teacher: TeacherLogitsProvider,
+    input_ids: InputIds,
+    labels: Any,
+    temperature: float,
+    alpha: float,
+    compute_student_logits: Callable[[Any], Any],
+    *,
+    divergence: str = "forward_kl",
+    ignore_index: int = -100,
+) -> tuple[float, NDArray[Any], NDArray[np.bool_]]:
+    """:func:`kd_step` with a prediction at every position of every row.
+
+    ``labels`` are as ragged as ``input_ids`` (one a position; those equal to ``ignore_index`` are masked), and
+    ``compute_student_logits(row_ids) -> [len(row_ids), V]`` is called once a row. Teacher, student and labels must
+    agree on the number of positions of each row.
+
+    Returns
+    -------
+    loss : float
+        Mean over unmasked positions.
+    gradients : array [B, L, V]
+        Not divided by the number of positions; 0 where a position is masked or is padding.
+    mask : bool array [B, L]
+        Positions that count: they exist and are not ignored.
+    """
+    _check_scalars(temperature, alpha)
+    ids = as_rows(input_ids)
+    vocab_size = teacher.vocab_size
+    _, mask = pad_rows(ids)
+    count = len(ids)
+    targets, target_mask = None, mask
+    if labels is not None:
+        targets, target_mask = pad_rows(as_rows(labels, "labels"), fill=ignore_index)
+        if len(targets) != count:
+            raise ShapeError(f"labels must have one row for each of the {count} rows of input_ids, got {len(targets)}")
+        _same_lengths(target_mask, mask, "labels")
+        mask = mask & (targets != ignore_index)
+    if not target_mask.size:
+        return 0.0, np.empty((*mask.shape, vocab_size), np.float32), mask
+
+    teacher_logits = None
+    if alpha < 1:
+        teacher_logits, teacher_mask = teacher.logits_per_position(input_ids)
+        _same_lengths(np.asarray(teacher_mask, bool), target_mask, "the teacher's mask")
+        teacher_logits = _teacher_logits(teacher_logits, (*mask.shape, vocab_size))
+    student_rows = [
+        _student_logits(compute_student_logits(row), i, (len(ids[i]), vocab_size))
+        for i, row in enumerate(list(input_ids))
+    ]
+    student_logits = np.zeros((*mask.shape, vocab_size), np.result_type(*student_rows))
+    student_logits[target_mask] = np.concatenate(student_rows)
+    result = kd_loss_and_gradient(
+        student_logits,
+        student_logits if teacher_logits is None else teacher_logits,  # not read at alpha = 1
+        targets,
+        temperature,
+        alpha,
+        divergence=divergence,
+        ignore_index=ignore_index,
+        weights=mask.astype(np.float64),
+        reduction="sum",
+    )
+    return float(result.loss) / max(int(mask.sum()), 1), result.gradient, mask
+
+
+def _check_scalars(temperature: Any, alpha: Any) -> None:
+    # Before anything is asked of the teacher, and for an empty batch too.
+    positive_number(temperature, "temperature")
+    number_in(alpha, "alpha", 0, 1)
+
+
+def _teacher_logits(logits: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    array = np.asarray(logits)
+    if array.shape[:-1] != shape[:-1]:
+        raise ShapeError(f"the teacher must return logits of shape {shape}, got {array.shape}")
+    if array.shape != shape:
+        raise VocabularyMismatchError(f"the teacher says vocab_size={shape[-1]}, but its logits have {array.shape[-1]}")
+    return array
+
+
+def _student_logits(logits: Any, row: int, shape: tuple[int, ...]) -> NDArray[Any]:
+    array = np.asarray(logits)
+    if array.dtype.kind not in "f" and array.dtype.name != "bfloat16":
+        raise DTypeError(f"student logits of row {row} must be floating point, got dtype {array.dtype}")
+    if array.shape[:-1] != shape[:-1] or array.ndim != len(shape):
+        raise ShapeError(f"student logits of row {row} must have shape {shape}, got {array.shape}")
+    if array.shape != shape:
+        raise VocabularyMismatchError(
+            f"student logits of row {row} have {array.shape[-1]} classes, the teacher has {shape[-1]}"
+        )
+    return array
+
+
+def _same_lengths(mask: NDArray[np.bool_], expected: NDArray[np.bool_], name: str) -> None:
+    if mask.shape == expected.shape and (mask == expected).all():
+        return
+    if mask.ndim != 2 or len(mask) != len(expected):
+        raise ShapeError(f"{name} must have {len(expected)} rows of positions, got shape {mask.shape}")
+    lengths, wanted = mask.sum(axis=1), expected.sum(axis=1)
+    if (lengths == wanted).all():
+        raise ShapeError(f"{name} must have shape {expected.shape} with rows padded on the right, got {mask.shape}")
+    row = int((lengths != wanted).argmax())
+    raise ShapeError(f"{name} must have {wanted[row]} positions in row {row}, like input_ids, got {lengths[row]}")

@@ -1,0 +1,69 @@
+"""A teacher cut down to the first classes of its vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcore.checks import integer
+from kdcore.errors import VocabularyMismatchError
+from kdcore.ops import logsumexp
+from kdcore.teachers.base import InputIds, TeacherLogitsProvider
+
+__all__ = ["TruncatingTeacher"]
+
+
+class TruncatingTeacher:
+    """The first ``vocab_size`` logits of a teacher, cut **before** the softmax, with account of what is lost.
+
+    For a teacher whose head is padded beyond the tokenizer (152,064 against 151,936 classes, say). It is up to the
+    caller that the classes that remain mean the same tokens: equal sizes do not say so.
+    """
+
+    def __init__(self, teacher: TeacherLogitsProvider, vocab_size: int) -> None:
+        self._teacher = teacher
+        self._vocab_size = integer(vocab_size, "vocab_size", least=1)
+        if self._vocab_size > teacher.vocab_size:
+            raise VocabularyMismatchError(
+                f"a teacher with {teacher.vocab_size} classes cannot be truncated to {self._vocab_size}"
+            )
+        self._rows = 0
+        self._discarded = 0.0
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @property
+    def discarded_mass(self) -> float:
+        """The mean probability, at T = 1, of the classes cut off, over all rows so far."""
+        return self._discarded / self._rows if self._rows else 0.0
+
+    def state(self) -> dict[str, float]:
+        """The account so far; :meth:`restore` of it goes on from there."""
+        return {"rows": self._rows, "discarded": self._discarded}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go back to a :meth:`state`."""
+        self._rows, self._discarded = int(state["rows"]), float(state["discarded"])
+
+    def logits_for_batch(self, input_ids: InputIds) -> NDArray[np.float32]:
+        logits = self._teacher.logits_for_batch(input_ids)
+        self._account(logits)
+        return logits[..., : self._vocab_size]
+
+    def logits_per_position(self, input_ids: InputIds) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        logits, mask = self._teacher.logits_per_position(input_ids)
+        self._account(logits[mask])
+        return logits[..., : self._vocab_size], mask
+
+    def _account(self, logits: NDArray[Any]) -> None:
+        if logits.shape[-1] == self._vocab_size or not len(logits):
+            return
+        lost = logits[:, self._vocab_size :]
+        supported = (lost > -np.inf).any(axis=1)  # a row that is -inf in every class has no logsumexp
+        share = np.exp(logsumexp(lost[supported]) - logsumexp(logits[supported]))
+        self._discarded += float(share.sum())
+        self._rows += len(logits)
