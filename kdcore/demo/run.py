@@ -45,11 +45,11 @@ TUNE_POSITIONS = 20_000
 BATCH = 250
 
 #: Data budget in positions, and the passes over it: small budgets need several.
-BUDGETS = {3_000: 16, 30_000: 3, 200_000: 1}
+BUDGETS = {3_000: 12, 30_000: 4, 200_000: 1}
 #: Learning rates are chosen on runs over at most so many positions.
 TUNE_BUDGET = 30_000
 #: Candidates, as the rate of a context that fills its batch; a step divides by the batch, so this times BATCH.
-RATES = (0.5, 1.5, 4.0)
+RATES = (0.5, 1.0, 2.0)
 #: A context table scored at T = 1 gains nothing from tempering, so the distilled student learns at T = 1.
 STUDENTS = {"hard": 1.0, "distilled": 0.0}
 

@@ -1,0 +1,85 @@
+"""The examples of the README and of the docstrings do what they show."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kdcore
+from kdcore.runfile import pipeline_from_toml
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_readme_python_examples():
+    examples = blocks("python")
+    assert len(examples) == 2
+    test = doctest.DocTestParser().get_doctest("\n".join(examples), {}, "README.md", str(README), 0)
+    results = doctest.DocTestRunner().run(test)
+    assert results.attempted > 8
+    assert results.failed == 0
+
+
+def test_readme_run_file(tmp_path):
+    (text,) = blocks("toml")
+    tables = tomllib.loads(text)
+    (tmp_path / "run.toml").write_text(text.replace("epochs = 3", "epochs = 1"), encoding="utf-8")
+    tokens = np.random.default_rng(0).integers(0, 256, 3000)
+    (tmp_path / "tokens").mkdir()
+    tokens.astype("<u4").tofile(tmp_path / "tokens" / "part-0.bin")
+    logits = np.zeros((3000, 256), np.float16)
+    logits[np.arange(2999), tokens[1:]] = 8  # a teacher that knows the next token
+    kdcore.save_teacher_logits(tmp_path / tables["teacher"]["path"], logits)
+
+    result = pipeline_from_toml(tmp_path / "run.toml").execute()
+
+    assert result.output_path == tmp_path / "run" / "student.h5"
+    assert result.metrics["final_loss"] != result.metrics["initial_loss"]
+    assert "T = 2" in (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
+
+
+def test_readme_has_the_two_commands():
+    first, second = (block.strip() for block in blocks("sh"))
+    assert first.endswith("kdcore demo")
+    assert second.endswith("tox")
+    assert all("\n" not in command and " && " in command for command in (first, second))
+
+
+MODULES = sorted(module.name for module in pkgutil.walk_packages(kdcore.__path__, "kdcore."))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "kdcore.__main__"])
+def test_docstring_examples(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_every_public_function_has_an_example():
+    without = [
+        name
+        for name in kdcore.__all__
+        if callable(value := getattr(kdcore, name))
+        and not (isinstance(value, type) and issubclass(value, Exception))
+        and ">>>" not in (value.__doc__ or "")
+        and not any(">>>" in (getattr(value, method).__doc__ or "") for method in vars(value))
+    ]
+    # Protocols, hooks and records have nothing to run, and CudaTeacher needs a device.
+    assert sorted(without) == [
+        "Batch",
+        "BatchSource",
+        "Callback",
+        "CudaTeacher",
+        "KDOutput",
+        "PipelineResult",
+        "RunState",
+        "StudentLogitsProvider",
+        "TeacherLogitsProvider",
+    ]
