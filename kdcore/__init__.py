@@ -9,8 +9,95 @@ from typing import TYPE_CHECKING, Any
 
 from kdcore._version import __version__
 
-if TYPE_CHECKING:
-    from kdcore.errors import KdcoreError as KdcoreError
+if TYPE_CHECKING:  # the same names as below, for type checkers
+    from kdcore.batches import (
+        ArrayBatchSource as ArrayBatchSource,
+        Batch as Batch,
+        BatchSource as BatchSource,
+        ShardBatchSource as ShardBatchSource,
+        SyntheticBatchSource as SyntheticBatchSource,
+    )
+    from kdcore.callbacks import (
+        Callback as Callback,
+        RunState as RunState,
+    )
+    from kdcore.config import (
+        DistillConfig as DistillConfig,
+    )
+    from kdcore.errors import (
+        AliasError as AliasError,
+        CheckpointError as CheckpointError,
+        ConfigError as ConfigError,
+        DegenerateTeacherError as DegenerateTeacherError,
+        DeviceMismatchError as DeviceMismatchError,
+        DeviceUnavailableError as DeviceUnavailableError,
+        DomainError as DomainError,
+        DTypeError as DTypeError,
+        EmptyForwardError as EmptyForwardError,
+        EndOfDataError as EndOfDataError,
+        FileFormatError as FileFormatError,
+        GradientOrderError as GradientOrderError,
+        KdcoreError as KdcoreError,
+        LabelError as LabelError,
+        MissingDependencyError as MissingDependencyError,
+        MissingRowError as MissingRowError,
+        MissingSourceError as MissingSourceError,
+        NonFiniteError as NonFiniteError,
+        ProbabilitiesWarning as ProbabilitiesWarning,
+        ShapeError as ShapeError,
+        UndefinedGradientError as UndefinedGradientError,
+        UnsafeFileError as UnsafeFileError,
+        VocabularyMismatchError as VocabularyMismatchError,
+    )
+    from kdcore.hdf5 import (
+        save_teacher_logits as save_teacher_logits,
+    )
+    from kdcore.ops import (
+        KDOutput as KDOutput,
+        cross_entropy as cross_entropy,
+        kd_logit_gradient as kd_logit_gradient,
+        kd_loss as kd_loss,
+        kd_loss_and_gradient as kd_loss_and_gradient,
+        kl_divergence as kl_divergence,
+        log_softmax as log_softmax,
+        logsumexp as logsumexp,
+        softmax as softmax,
+    )
+    from kdcore.pipeline import (
+        Pipeline as Pipeline,
+        PipelineResult as PipelineResult,
+    )
+    from kdcore.steps import (
+        kd_step as kd_step,
+        kd_step_per_position as kd_step_per_position,
+    )
+    from kdcore.students.base import (
+        StudentLogitsProvider as StudentLogitsProvider,
+    )
+    from kdcore.students.linear import (
+        LinearStudent as LinearStudent,
+    )
+    from kdcore.students.logit import (
+        LogitStudent as LogitStudent,
+    )
+    from kdcore.teachers.base import (
+        TeacherLogitsProvider as TeacherLogitsProvider,
+    )
+    from kdcore.teachers.cuda import (
+        CudaTeacher as CudaTeacher,
+    )
+    from kdcore.teachers.fixture import (
+        FixtureTeacher as FixtureTeacher,
+    )
+    from kdcore.teachers.hdf5 import (
+        HDF5Teacher as HDF5Teacher,
+    )
+    from kdcore.teachers.mlp import (
+        MLPTeacher as MLPTeacher,
+    )
+    from kdcore.teachers.truncating import (
+        TruncatingTeacher as TruncatingTeacher,
+    )
 
 _HOME = {
     "kdcore.batches": ("ArrayBatchSource", "Batch", "BatchSource", "ShardBatchSource", "SyntheticBatchSource"),
