@@ -22,6 +22,7 @@ from kdcore.errors import (
     DeviceMismatchError,
     DomainError,
     DTypeError,
+    KdcoreError,
     LabelError,
     NonFiniteError,
     ShapeError,
@@ -167,13 +168,20 @@ def _choice(value: Any, name: str, choices: Sequence[str]) -> str:
     return value
 
 
+def _array(engine: _Engine, obj: Any, name: str) -> Any:
+    try:
+        return engine.memory.as_array(obj)
+    except KdcoreError as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
 def _logits(engine: _Engine, obj: Any, name: str) -> Any:
-    array = engine.memory.as_array(obj)
+    array = _array(engine, obj, name)
     if array.dtype.name not in _LOGIT_DTYPES:
         raise DTypeError(f"{name} must be {', '.join(_LOGIT_DTYPES)}, got dtype {array.dtype}")
     if array.ndim == 0:
         raise ShapeError(f"{name} must have the classes as its last dimension, got a 0-d array")
-    if array.shape[-1] == 0:
+    if tuple(array.shape)[-1] == 0:
         raise ShapeError(f"{name} must have at least one class, got shape {tuple(array.shape)}")
     return array
 
@@ -184,7 +192,7 @@ def _same_shape(shape: tuple[int, ...], name: str, expected: tuple[int, ...], re
 
 
 def _labels(engine: _Engine, obj: Any, lead: tuple[int, ...]) -> Any:
-    array = engine.memory.as_array(obj)
+    array = _array(engine, obj, "labels")
     if array.dtype.kind not in "iu" and not (array.size == 0 and array.dtype == np.float64):  # np.asarray([])
         raise DTypeError(f"labels must be integers, got dtype {array.dtype}")
     _same_shape(array.shape, "labels", lead, "student_logits without its classes")
@@ -208,7 +216,7 @@ def _label_error(lead: tuple[int, ...], row: int, label: int, classes: int, igno
 
 
 def _weights(engine: _Engine, obj: Any, lead: tuple[int, ...]) -> Any:
-    array = engine.memory.as_array(obj)
+    array = _array(engine, obj, "weights")
     if array.dtype.kind not in "fiu" or (engine.name == "cuda" and array.dtype.name not in ("float32", "float64")):
         raise DTypeError(f"weights must be real numbers, got dtype {array.dtype}")
     _same_shape(array.shape, "weights", lead, "student_logits without its classes")
@@ -226,11 +234,11 @@ def _output(engine: _Engine, out: Any, shape: tuple[int, ...], itself: Any, inpu
     """``out``, checked: its shape and dtype, writable, and either ``itself`` or disjoint from every input."""
     if isinstance(out, list | tuple) or np.isscalar(out):
         raise DTypeError(f"out must be an array, got {type(out).__name__}")
-    array = engine.memory.as_array(out)
+    array = _array(engine, out, "out")
     if array.dtype.name not in _LOGIT_DTYPES:
         raise DTypeError(f"out must be {', '.join(_LOGIT_DTYPES)}, got dtype {array.dtype}")
     _same_shape(array.shape, "out", shape, "the result")
-    if engine.name == "cpu" and not array.flags.writeable:
+    if not engine.memory.is_writable(out):
         raise AliasError("out is read-only")
     for name, other in inputs.items():
         if other is itself and engine.memory.same(array, other):
@@ -252,24 +260,23 @@ def _at(name: str, lead: tuple[int, ...], row: int, column: int | None = None) -
 
 def _mergeable(array: Any) -> bool:
     """Whether all dimensions but the last can be one, without a copy."""
-    dims = [(n, stride) for n, stride in zip(array.shape[:-1], array.strides[:-1], strict=True) if n != 1]
-    return 0 in array.shape or all(
+    dims = [(n, stride) for n, stride in zip(tuple(array.shape)[:-1], tuple(array.strides)[:-1], strict=True) if n != 1]
+    return 0 in tuple(array.shape) or all(
         outer_stride == inner_n * inner_stride for (_, outer_stride), (inner_n, inner_stride) in pairwise(dims)
     )
 
 
-def _row_blocks(lead: tuple[int, ...], arrays: list[Any]) -> Iterator[tuple[slice, list[Any]]]:
+def _row_blocks(engine: _Engine, lead: tuple[int, ...], arrays: list[Any]) -> Iterator[tuple[slice, list[Any]]]:
     """The arrays [lead, V] as views [rows, V], and which of the flattened rows they are.
 
     One block, unless some array's leading dimensions cannot be merged without a copy (a transposed batch).
     """
     if all(_mergeable(array) for array in arrays):
-        rows = math.prod(lead)
-        yield slice(0, rows), [array.reshape((rows, array.shape[-1])) for array in arrays]
+        yield slice(0, math.prod(lead)), [engine.memory.as_rows(array) for array in arrays]
         return
     inner = math.prod(lead[1:])
     for i in range(lead[0]):
-        for rows_slice, views in _row_blocks(lead[1:], [array[i] for array in arrays]):
+        for rows_slice, views in _row_blocks(engine, lead[1:], [array[i] for array in arrays]):
             yield slice(i * inner + rows_slice.start, i * inner + rows_slice.stop), views
 
 
@@ -323,7 +330,7 @@ def _row_operation(
     temperature = _temperature(temperature)
     check = _flag(validate, "validate", optional=True)
     check = engine.name == "cpu" if check is None else check
-    lead = tuple(array.shape[:-1])
+    lead = tuple(array.shape)[:-1]
     shape = lead if per_row else tuple(array.shape)
     if out is None:
         result = engine.empty(shape, np.float64 if per_row else array.dtype)
@@ -332,7 +339,7 @@ def _row_operation(
     status = engine.full((math.prod(lead) if check or engine.name == "cpu" else 0, 2), np.int64, 0)
     launch = getattr(engine.kernels, f"{name}_rows")
     target = result.reshape((*shape, 1)) if per_row else result  # the same dimensions to merge as the logits have
-    for rows, (x, y) in _row_blocks(lead, [array, target]):
+    for rows, (x, y) in _row_blocks(engine, lead, [array, target]):
         launch(x, temperature, y[:, 0] if per_row else y, status[rows], engine.where)
     if check:
         _check_logits(engine, status, lead, {rowstatus.STUDENT: "logits"})
@@ -449,7 +456,7 @@ def _kd(
     threads: int | None,
     stream: Any,
 ) -> KDOutput:
-    """The one way to the engines' ``kd_rows``; teacher_logits=None at alpha = 1, where no teacher is read."""
+    """The one way to the engines' ``kd_rows``."""
     inputs = {
         "student_logits": student_logits,
         "teacher_logits": teacher_logits,
@@ -479,9 +486,12 @@ def _kd(
     check = engine.name == "cpu" if strict is None else strict
 
     student = _logits(engine, student_logits, "student_logits")
-    lead, classes = tuple(student.shape[:-1]), student.shape[-1]
+    *leading, classes = tuple(student.shape)  # the simulator's shapes know no negative index
+    lead = tuple(leading)
     rows = math.prod(lead)
     teacher = student
+    if teacher_logits is None and objective.alpha < 1:
+        raise DTypeError(f"teacher_logits are needed unless alpha is 1, got None and alpha={objective.alpha}")
     if teacher_logits is not None:
         teacher = _logits(engine, teacher_logits, "teacher_logits")
         _same_shape(teacher.shape, "teacher_logits", tuple(student.shape), "student_logits")
@@ -513,7 +523,7 @@ def _kd(
     status = engine.full((rows if check or engine.name == "cpu" else 0, 2), np.int64, 0)
     no_gradient = engine.empty((0, classes), student.dtype)
     arrays = [student, teacher] + ([gradient] if with_gradient else [])
-    for part, (s, t, *g) in _row_blocks(lead, arrays):
+    for part, (s, t, *g) in _row_blocks(engine, lead, arrays):
         engine.kernels.kd_rows(
             s, t, labels[part], weights[part], divisor, objective, g[0] if g else no_gradient,
             loss[part], ce[part], kl[part], status[part], engine.where,
@@ -580,7 +590,7 @@ def kd_loss_and_gradient(
     temperature : float
         T, positive and finite. CE is always taken at T = 1.
     alpha : float
-        Weight of the cross-entropy, in [0, 1]. At 1 the teacher is not read; at 0 labels only mask.
+        Weight of the cross-entropy, in [0, 1]. At 1 the teacher is not read (and may be None); at 0 labels only mask.
     divergence : {"forward_kl", "reverse_kl"}
         D: KL(p || q), or KL(q || p). A row whose reverse KL is +inf (the teacher rules out a class that the student
         allows) has no gradient: it is NaN, and an error under ``validate=True``.
@@ -833,8 +843,8 @@ def linear(x: Any, weight: Any, bias: Any, activation: str, *, threads: int | No
     """activation(x [B, K] @ weight [M, K].T + bias [M]), in float32, where x lives."""
     engine = _engine({"x": x, "weight": weight, "bias": bias}, threads, stream)
     x, weight, bias = (engine.memory.as_array(array) for array in (x, weight, bias))
-    _same_shape(weight.shape[1:], "weight[1:]", tuple(x.shape[1:]), "x without its rows")
-    _same_shape(bias.shape, "bias", tuple(weight.shape[:1]), "weight without its columns")
+    _same_shape(tuple(weight.shape)[1:], "weight[1:]", tuple(x.shape)[1:], "x without its rows")
+    _same_shape(bias.shape, "bias", tuple(weight.shape)[:1], "weight without its columns")
     out = engine.empty((x.shape[0], weight.shape[0]), np.float32)
     engine.kernels.linear(x, weight, bias, activation, out, engine.where)
     return out

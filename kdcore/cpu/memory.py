@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from kdcore.errors import DTypeError
 
-__all__ = ["as_array", "empty", "full", "overlaps", "same", "to_host"]
+__all__ = ["as_array", "as_rows", "empty", "full", "is_writable", "overlaps", "same", "to_host"]
 
 
 def as_array(obj):
     """``obj`` as a NumPy array, without a copy where it is one."""
     if isinstance(obj, np.ma.MaskedArray):
         raise DTypeError("masked arrays are not supported, since their mask would be lost: use weights or -inf")
-    array = np.asarray(obj)
+    try:
+        array = np.asarray(obj)
+    except (TypeError, ValueError) as error:  # ragged lists; tensors that NumPy cannot see
+        raise DTypeError(f"expected an array, got {type(obj).__name__}: {error}") from error
     if not array.dtype.isnative:
         raise DTypeError(f"arrays must be in native byte order, got dtype {array.dtype.str}")
     return array
+
+
+def as_rows(array):
+    """A view [B, V] of an array [..., V] whose leading dimensions can be merged."""
+    return array.reshape((math.prod(array.shape[:-1]), array.shape[-1]))
+
+
+def is_writable(obj):
+    """Whether an array may be written."""
+    return as_array(obj).flags.writeable
 
 
 def empty(shape, dtype, threads):
