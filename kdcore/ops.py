@@ -17,6 +17,7 @@ import numpy as np
 
 from kdcore import rowstatus
 from kdcore.checks import integer, number_in, positive_number
+from kdcore.cuda.presence import owns as on_device
 from kdcore.errors import (
     AliasError,
     DeviceMismatchError,
@@ -40,6 +41,7 @@ __all__ = [
     "linear",
     "log_softmax",
     "logsumexp",
+    "on_device",
     "require_cuda",
     "resolve_threads",
     "softmax",
@@ -86,12 +88,6 @@ class _Engine:
         return self.memory.full(shape, dtype, value, self.where)
 
 
-def _on_device(obj: Any) -> bool:
-    # Numba's own arrays by their module: importing numba.cuda to ask would cost every CPU user 0.3 s, and the
-    # simulator's arrays have no __cuda_array_interface__.
-    return type(obj).__module__.startswith("numba.cuda") or hasattr(obj, "__cuda_array_interface__")
-
-
 def resolve_threads(threads: int | None) -> int:
     """The number of CPU threads: ``threads``, else ``KDCORE_NUM_THREADS``, else the CPUs that the process may use."""
     if threads is not None:
@@ -108,10 +104,10 @@ def resolve_threads(threads: int | None) -> int:
 
 def _engine(arrays: dict[str, Any], threads: int | None, stream: Any) -> _Engine:
     """The engine of the device on which all ``arrays`` live; None entries do not count."""
-    places = {name: _on_device(obj) for name, obj in arrays.items() if obj is not None}
+    places = {name: on_device(obj) for name, obj in arrays.items() if obj is not None}
     if len(set(places.values())) > 1:
-        device = ", ".join(name for name, on_device in places.items() if on_device)
-        host = ", ".join(name for name, on_device in places.items() if not on_device)
+        device = ", ".join(name for name, there in places.items() if there)
+        host = ", ".join(name for name, there in places.items() if not there)
         raise DeviceMismatchError(
             f"arrays must be all on the host or all on a device: {device} on a device, {host} not"
         )
@@ -138,7 +134,7 @@ def to_device(array: np.ndarray, stream: Any = None) -> Any:
 
 def to_host(array: Any) -> np.ndarray:
     """A device array as a NumPy array (waits for the device); a NumPy array as it is."""
-    if not _on_device(array):
+    if not on_device(array):
         return np.asarray(array)
     require_cuda()
     memory = import_module("kdcore.cuda.memory")

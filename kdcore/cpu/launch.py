@@ -9,13 +9,11 @@ from kdcore import formulas
 from kdcore.cpu import kernels
 from kdcore.cpu.pool import run_blocks
 from kdcore.cpu.primitives import raw_bits
+from kdcore.objective import needs_float64
 
 __all__ = ["kd_rows", "linear", "log_softmax_rows", "logsumexp_rows", "reduce_rows", "softmax_rows", "weight_sum"]
 
 _KD_KERNELS = {"forward_kl": kernels.forward_kl_kernel, "reverse_kl": kernels.reverse_kl_kernel}
-
-#: Temperatures outside make float32 rates or gradients overflow; such rows are worked in float64.
-_FLOAT32_TEMPERATURES = (1e-30, 1e30)
 
 _compiled: set[tuple[object, ...]] = set()
 
@@ -27,10 +25,8 @@ def _readable(array):
     return view
 
 
-def _working_dtype(dtype, *temperatures):
-    low, high = _FLOAT32_TEMPERATURES
-    narrow = dtype != np.float64 and all(low < temperature < high for temperature in temperatures)
-    return np.dtype(np.float32 if narrow else np.float64)
+def _working(dtype, *temperatures, divergence="forward_kl"):
+    return np.dtype(np.float64 if needs_float64(dtype.name, *temperatures, divergence=divergence) else np.float32)
 
 
 def _launch(kernel, before, after, rows, width, scratch_rows, working, threads):
@@ -48,21 +44,21 @@ def _launch(kernel, before, after, rows, width, scratch_rows, working, threads):
 
 def softmax_rows(logits, temperature, out, status, threads):
     """out [B, V] = softmax(logits / T)."""
-    working = _working_dtype(logits.dtype, temperature)
+    working = _working(logits.dtype, temperature)
     arguments = (_readable(logits), temperature), (raw_bits(out), status)
     _launch(kernels.softmax_kernel, *arguments, *logits.shape, 2, working, threads)
 
 
 def log_softmax_rows(logits, temperature, out, status, threads):
     """out [B, V] = log softmax(logits / T)."""
-    working = _working_dtype(logits.dtype, temperature)
+    working = _working(logits.dtype, temperature)
     arguments = (_readable(logits), temperature), (raw_bits(out), status)
     _launch(kernels.log_softmax_kernel, *arguments, *logits.shape, 2, working, threads)
 
 
 def logsumexp_rows(logits, temperature, out, status, threads):
     """out [B] = log of the row sums of exp(logits / T)."""
-    working = _working_dtype(logits.dtype, temperature)
+    working = _working(logits.dtype, temperature)
     arguments = (_readable(logits), temperature), (raw_bits(out), status)
     _launch(kernels.logsumexp_kernel, *arguments, *logits.shape, 2, working, threads)
 
@@ -73,9 +69,8 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
     Empty ``labels`` or ``weights``: none given. A gradient without rows: none wanted. At alpha = 1 the teacher is
     not read, at alpha = 0 labels only mask.
     """
-    working = _working_dtype(student.dtype, objective.temperature, objective.teacher_temperature)
-    if objective.divergence != "forward_kl":
-        working = np.dtype(np.float64)
+    temperatures = objective.temperature, objective.teacher_temperature
+    working = _working(student.dtype, *temperatures, divergence=objective.divergence)
     before = (
         _readable(student),
         _readable(teacher),
@@ -84,8 +79,7 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
         objective.ignore_index,
         denominator,
         objective.alpha,
-        objective.temperature,
-        objective.teacher_temperature,
+        *temperatures,
         objective.kd_scale,
     )
     after = (raw_bits(gradient), loss, ce, kl, status)

@@ -77,9 +77,9 @@ def check_row(x):
 
 @njit(fastmath=False)
 def scale_row(x, m, d):
-    """d = HEADROOM (x - m). A float64 row is shifted before it is narrowed to the type of d."""
-    headroom = type(to_real(x[0]))(formulas.HEADROOM)
-    m = type(headroom)(m)
+    """d = HEADROOM (x - m), shifted in the wider of the types of x and d, then in the type of d."""
+    headroom = type(d[0])(formulas.HEADROOM)
+    m = type(to_real(x[0]))(m)
     for v in range(x.size):
         d[v] = _scaled_logit(to_real(x[v]), m, headroom)
 

@@ -60,6 +60,8 @@ class CudaTeacher:
     Results are checked by shape and dtype alone, so that :meth:`device_logits_for_batch` does not wait for the device.
     """
 
+    _forward: Forward  # of a callable
+
     def __init__(
         self,
         source: Forward | str | os.PathLike[str],
@@ -72,7 +74,6 @@ class CudaTeacher:
         self._mlp: MLPTeacher | None = None
         if isinstance(source, str | os.PathLike):
             self._mlp = MLPTeacher(source, vocab_size, activation=activation, device="cuda", stream=stream)
-            self._forward: Forward = self._mlp.device_logits_for_batch
             self._vocab_size = self._mlp.vocab_size
             return
         if not callable(source):
@@ -138,7 +139,7 @@ class CudaTeacher:
         result = self._forward(rows)
         if result is None:
             raise EmptyForwardError(f"the forward returned None for {len(rows)} rows")
-        if not _is_on_device(result):
+        if not ops.on_device(result):
             raise DeviceMismatchError(
                 f"the forward must return an array on a CUDA device, got {type(result).__name__} on the host"
             )
@@ -163,16 +164,9 @@ class CudaTeacher:
         return result
 
 
-def _is_on_device(obj: Any) -> bool:
-    """Whether ``obj`` is a device array; a tensor that requires grad does not show its interface."""
-    plain = obj.detach() if getattr(obj, "requires_grad", False) is True else obj
-    return getattr(plain, "__cuda_ndarray__", False) is True or hasattr(plain, "__cuda_array_interface__")
-
-
 def _on_host(array: Any) -> NDArray[np.float32]:
     """A device array as float32 on the host."""
-    plain = array.detach() if getattr(array, "requires_grad", False) is True else array
-    values = ops.to_host(plain)
+    values = ops.to_host(array)
     with np.errstate(over="ignore"):
         narrowed: NDArray[np.float32] = values.astype(np.float32)
     lost = np.isinf(narrowed) & np.isfinite(values)

@@ -63,9 +63,9 @@ def save_mlp(
     embedding : array [n_tokens, d], optional
         Makes the inputs token ids.
     """
-    arrays = {
-        f"{i}.{kind}": np.asarray(a) for i, pair in enumerate(layers) for kind, a in zip(("weight", "bias"), pair)
-    }
+    arrays = {}
+    for i, (weight, bias) in enumerate(layers):
+        arrays[f"{i}.weight"], arrays[f"{i}.bias"] = np.asarray(weight), np.asarray(bias)
     if embedding is not None:
         arrays[_EMBEDDING] = np.asarray(embedding)
     metadata = {} if activation is None else {"activation": activation}
@@ -175,7 +175,7 @@ class MLPTeacher:
         else:
             rows = as_rows(input_ids)
             mask = pad_rows(rows)[1]
-            x = self._embedded(prefixes(rows))
+            x = self._embedded(prefixes(rows), self._embedding)
         logits = np.zeros((*mask.shape, self._vocab_size), np.float32)
         logits[mask] = self._forward(x)
         return logits, mask
@@ -184,7 +184,7 @@ class MLPTeacher:
         """The input [B, in] of the first layer."""
         if self._embedding is None:
             return self._vectors(input_ids, "input_ids")
-        return self._embedded(as_rows(input_ids))
+        return self._embedded(as_rows(input_ids), self._embedding)
 
     def _vectors(self, values: Any, name: str) -> NDArray[np.float32]:
         vectors = np.asarray(values)
@@ -199,9 +199,7 @@ class MLPTeacher:
             )
         return np.ascontiguousarray(vectors, np.float32)
 
-    def _embedded(self, rows: list[NDArray[np.int64]]) -> NDArray[np.float32]:
-        embedding = self._embedding
-        assert embedding is not None
+    def _embedded(self, rows: list[NDArray[np.int64]], embedding: NDArray[np.float32]) -> NDArray[np.float32]:
         n_tokens, d = embedding.shape
         window = self._n_inputs // d
         x = np.zeros((len(rows), window, d), np.float32)
@@ -267,7 +265,8 @@ def _checkpoint(
             raise CheckpointError(f"{path}: {kinds['weight']!r} must have the shape [out, in], got {weight.shape}")
         if bias.shape != weight.shape[:1]:
             raise CheckpointError(
-                f"{path}: {kinds['bias']!r} must have the shape {weight.shape[:1]} of its weight's rows, got {bias.shape}"
+                f"{path}: {kinds['bias']!r} must have the shape {weight.shape[:1]}, the rows of its weight, "
+                f"got {bias.shape}"
             )
         if width not in (None, weight.shape[1]):
             raise CheckpointError(

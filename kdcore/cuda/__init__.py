@@ -1,0 +1,38 @@
+"""The CUDA engine. Arguments are device arrays that :mod:`kdcore.ops` has checked; nothing is validated or copied here.
+
+The functions have twins of the same names and signatures in :mod:`kdcore.cpu`, but for the last parameter: there
+``threads``, here ``stream``. Nothing synchronises: work is queued on ``stream``, and bad rows are reported in
+``status``. Device functions for reuse are in :mod:`kdcore.cuda.rows`.
+
+Importing this package needs neither a GPU nor numba-cuda; its functions need a GPU, or Numba's simulator
+(``NUMBA_ENABLE_CUDASIM=1``). :func:`available` says which is missing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from kdcore.cuda.presence import available, owns, require
+
+__all__ = [
+    "available",
+    "kd_rows",
+    "linear",
+    "log_softmax_rows",
+    "logsumexp_rows",
+    "owns",
+    "reduce_rows",
+    "require",
+    "softmax_rows",
+    "weight_sum",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, because numba.cuda takes a quarter of a second to import and can fail to.
+    if name in __all__:
+        return getattr(import_module("kdcore.cuda.launch"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,172 @@
+"""Arrays of the CUDA engine: Numba device arrays. :mod:`kdcore.cpu.memory` has the same functions for NumPy arrays.
+
+bfloat16 is the dtype of ``ml_dtypes`` here. Importing this module imports neither numba.cuda nor ml_dtypes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+
+from kdcore.cuda.presence import available, detached, owns, require
+from kdcore.errors import DeviceUnavailableError, DTypeError, MissingDependencyError, ShapeError
+
+__all__ = [
+    "as_array",
+    "as_rows",
+    "available",
+    "empty",
+    "full",
+    "is_writable",
+    "overlaps",
+    "owns",
+    "require",
+    "row_view",
+    "same",
+    "to_device",
+    "to_host",
+]
+
+
+def _bfloat16() -> np.dtype[Any]:
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise MissingDependencyError("bfloat16 arrays need the package ml_dtypes: pip install ml_dtypes") from error
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def as_array(obj: Any) -> Any:
+    """``obj`` as a Numba device array with a true dtype, without a copy and without waiting for any stream.
+
+    The CUDA array interface has no name for bfloat16. PyTorch exports it as ``<V2`` (once as ``<f2``, which would be
+    read as float16), so the object's own dtype decides.
+    """
+    require()
+    if getattr(obj, "__cuda_ndarray__", False) is True:
+        return obj
+    from numba import cuda
+
+    obj = detached(obj)
+    interface = getattr(obj, "__cuda_array_interface__", None)
+    if interface is None:
+        raise DTypeError(f"expected an array on a CUDA device, got {type(obj).__name__}")
+    if not hasattr(cuda, "from_cuda_array_interface"):
+        raise DeviceUnavailableError("the CUDA simulator cannot read the memory of a device")
+    interface = {**interface, "stream": None}
+    dtype = None
+    if "bfloat16" in str(getattr(obj, "dtype", "")) and interface["typestr"] in ("<V2", "|V2", "<f2", "<u2"):
+        dtype = _bfloat16()
+        interface["typestr"] = "<u2"
+    elif interface["typestr"][1] == "V":
+        raise DTypeError(f"the dtype {getattr(obj, 'dtype', interface['typestr'])} is not supported")
+    array = cuda.from_cuda_array_interface(interface, owner=obj, sync=False)
+    return array if dtype is None else array.view(dtype)
+
+
+def is_writable(obj: Any) -> bool:
+    """Whether a device array may be written; JAX, for one, exports its arrays as read-only."""
+    interface = getattr(detached(obj), "__cuda_array_interface__", None)
+    return interface is None or not interface["data"][1]
+
+
+def _view(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+    """The memory of ``array`` in another shape."""
+    from numba.cuda.cudadrv import devicearray
+
+    if hasattr(devicearray, "FakeCUDAArray"):
+        base = np.lib.stride_tricks.as_strided(array._ary, shape, strides)
+        return devicearray.FakeCUDAArray(base, stream=array.stream)
+    return devicearray.DeviceNDArray(shape, strides, array.dtype, stream=array.stream, gpu_data=array.gpu_data)
+
+
+def as_rows(array: Any) -> Any:
+    """A view [B, V] of an array [..., V]: its last dimension stays, the others become one. Never a copy.
+
+    Raises :class:`~kdcore.errors.ShapeError` where the leading dimensions of a strided array do not merge.
+    """
+    *lead, width = tuple(array.shape)
+    *lead_strides, last = tuple(array.strides)
+    rows = math.prod(lead)
+    dims = [(n, stride) for n, stride in zip(lead, lead_strides, strict=True) if n != 1]
+    if rows and width and any(outer != n * inner for (_, outer), (n, inner) in itertools.pairwise(dims)):
+        raise ShapeError(
+            f"an array of shape {tuple(array.shape)} and strides {tuple(array.strides)} has no view as rows "
+            f"[{rows}, {width}]: make it contiguous"
+        )
+    return _view(array, (rows, width), (dims[-1][1] if dims else width * array.dtype.itemsize, last))
+
+
+def row_view(array: Any) -> Any:
+    """A view [1] of a 0-d array: Numba kernels index no 0-d arrays in the simulator as on hardware."""
+    return _view(array, (1,), (array.dtype.itemsize,))
+
+
+def empty(shape: Any, dtype: Any, stream: Any) -> Any:
+    """An uninitialised device array."""
+    from numba import cuda
+
+    from kdcore.cuda.streams import as_stream
+
+    return cuda.device_array(shape, dtype, stream=as_stream(stream))
+
+
+def full(shape: Any, dtype: Any, value: Any, stream: Any) -> Any:
+    """A device array filled with ``value`` by a kernel on ``stream``. Not for bfloat16."""
+    from kdcore.cuda.kernels import fill_kernel
+    from kdcore.cuda.primitives import THREADS
+    from kdcore.cuda.streams import as_stream
+
+    array = empty(shape, dtype, stream)
+    if array.size:
+        flat = _view(array, (array.size,), (array.dtype.itemsize,))
+        fill_kernel[-(-array.size // THREADS), THREADS, as_stream(stream)](flat, array.dtype.type(value))
+    return array
+
+
+def to_device(array: Any, stream: Any) -> Any:
+    """A copy of a NumPy array on the device."""
+    from numba import cuda
+
+    from kdcore.cuda.streams import as_stream
+
+    return cuda.to_device(np.ascontiguousarray(array).reshape(np.shape(array)), stream=as_stream(stream))
+
+
+def to_host(array: Any) -> np.ndarray:
+    """A NumPy copy of a device array. Waits for all work on the device, whatever stream it is on."""
+    from numba import cuda
+
+    cuda.synchronize()
+    return array.copy_to_host()
+
+
+def _bounds(array: Any) -> tuple[int, int]:
+    """The first byte of an array and the one after its last."""
+    address = array.ctypes.data if hasattr(array, "_ary") else array.device_ctypes_pointer.value or 0
+    low = high = address
+    for extent, stride in zip(tuple(array.shape), tuple(array.strides), strict=True):
+        reach = (extent - 1) * stride
+        low, high = low + min(reach, 0), high + max(reach, 0)
+    return low, high + array.dtype.itemsize
+
+
+def overlaps(a: Any, b: Any) -> bool:
+    """Whether the byte ranges of two arrays intersect."""
+    if not a.size or not b.size:
+        return False
+    (low_a, high_a), (low_b, high_b) = _bounds(a), _bounds(b)
+    return low_a < high_b and low_b < high_a
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two arrays are the same elements in the same order."""
+    return (_bounds(a), tuple(a.shape), tuple(a.strides), a.dtype) == (
+        _bounds(b),
+        tuple(b.shape),
+        tuple(b.strides),
+        b.dtype,
+    )

@@ -1,0 +1,45 @@
+"""Whether CUDA can run here, and whether an object lives on a device. Imports numba.cuda only to look for a device."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from kdcore.errors import DeviceUnavailableError
+
+__all__ = ["available", "detached", "owns", "require"]
+
+
+def detached(obj: Any) -> Any:
+    """A PyTorch tensor without its autograd history, which keeps it from being exported; any other object as it is."""
+    return obj.detach() if getattr(obj, "requires_grad", False) is True else obj
+
+
+def owns(obj: Any) -> bool:
+    """Whether ``obj`` is a device array: one of Numba's (the simulator's too) or any with the CUDA array interface."""
+    # Numba marks its own arrays; the simulator's have no __cuda_array_interface__.
+    return getattr(obj, "__cuda_ndarray__", False) is True or hasattr(detached(obj), "__cuda_array_interface__")
+
+
+@functools.cache
+def available() -> str | None:
+    """None if the CUDA engine can run in this process, on a GPU or in Numba's simulator; else why it cannot."""
+    try:
+        from numba import cuda
+        from numba.core import config
+    except ImportError as error:
+        return f"numba.cuda cannot be imported: {error}"
+    if getattr(cuda, "implementation", "Built-in") != "NVIDIA":
+        return "the package numba-cuda is not installed (pip install kdcore[cuda])"
+    if config.ENABLE_CUDASIM:
+        return None
+    if cuda.is_available():
+        return None
+    return f"no CUDA device can be used: {' '.join(str(cuda.cuda_error()).split())}"
+
+
+def require() -> None:
+    """Raise :class:`~kdcore.errors.DeviceUnavailableError`, with the reason, unless the CUDA engine can run."""
+    reason = available()
+    if reason is not None:
+        raise DeviceUnavailableError(reason)

@@ -1,0 +1,520 @@
+"""The CUDA engine against the oracle, and against the CPU engine, on a GPU or in Numba's simulator."""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+
+import kdcore.cpu
+import kdcore.cuda
+from kdcore import rowstatus
+from kdcore.cuda.presence import available
+from kdcore.errors import DTypeError, ShapeError
+from kdcore.objective import Objective
+from kdcore.testing.bounds import gradient_error, kd_bounds, loss_bound, within
+
+REASON = available()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+if REASON is None:
+    from numba import cuda, float64
+
+    from kdcore.cuda import memory, primitives, rows
+
+F16, F32, F64, BF16 = (np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16))
+DTYPES = [F32, F64, F16, BF16]
+PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(F32, BF16), (F64, F32), (F32, F64), (BF16, F16)]
+VOCABULARIES = [1, 5, 33, 100]
+NONE = np.empty(0)
+INF, NAN = np.inf, np.nan
+
+
+def dtype_name(value):
+    return value.name if isinstance(value, np.dtype) else None
+
+
+class Host:
+    """The CPU engine, called as the CUDA engine is."""
+
+    kernels, where = kdcore.cpu, 1
+
+    @staticmethod
+    def put(array):
+        return array
+
+    get = put
+
+
+class Device:
+    """The CUDA engine."""
+
+    kernels, where = kdcore.cuda, None
+
+    @staticmethod
+    def put(array):
+        return memory.to_device(array, None)
+
+    @staticmethod
+    def get(array):
+        return memory.to_host(array)
+
+
+def kd(
+    engine, student, teacher, labels=None, *, weights=None, denominator=1.0, temperature=2.0, teacher_temperature=None,
+    alpha=0.3, divergence="forward_kl", scale_t2=True, out=None, in_place=False, with_gradient=True,
+):  # fmt: skip
+    """Row results of an engine as NumPy arrays: loss, ce, kl [B], gradient [B, V], status [B, 2]."""
+    B, V = student.shape
+    objective = Objective(
+        divergence, temperature, teacher_temperature or temperature, alpha, temperature**2 if scale_t2 else 1.0, -100
+    )
+    s, t = engine.put(student.copy()), engine.put(teacher)
+    y = engine.put(np.empty(0, np.int64) if labels is None else np.asarray(labels))
+    w = engine.put(NONE if weights is None else np.asarray(weights, np.float64))
+    if in_place:
+        gradient = s
+    else:
+        rows = B if with_gradient else 0
+        gradient = engine.put(np.full((rows, V), 7, out or student.dtype))
+    loss, ce, kl = (engine.put(np.full(B, 7.0)) for _ in range(3))
+    status = engine.put(np.zeros((B, 2), np.int64))
+    engine.kernels.kd_rows(
+        s, t, y, w, engine.put(np.array([denominator])), objective, gradient, loss, ce, kl, status, engine.where
+    )
+    return tuple(engine.get(array) for array in (loss, ce, kl, gradient, status))
+
+
+def logits(rng, B, V, dtype, scale=3.0):
+    return (rng.normal(size=(B, V)) * scale).astype(dtype)
+
+
+def assert_kd(student, teacher, labels, weights=None, denominator=1.0, **options):
+    """Both engines are within their bounds of the oracle, row by row, and report usable rows."""
+    temperature, alpha = options.get("temperature", 2.0), options.get("alpha", 0.3)
+    scale_t2 = options.get("scale_t2", True)
+    keywords = {key: options[key] for key in ("divergence", "teacher_temperature", "scale_t2") if key in options}
+    scales = oracle.row_scales(len(student), labels, weights=weights, reduction="none") / denominator
+    read = np.flatnonzero(scales)
+    expected = oracle.kd(
+        student, teacher, labels, temperature, alpha, weights=weights, reduction="none", **keywords
+    )  # fmt: skip
+    exact_loss, exact_gradient = expected.loss / denominator, expected.gradient / denominator
+    bounds = kd_bounds(
+        student[read],
+        teacher[read],
+        exact_loss[read],
+        temperature=temperature,
+        alpha=alpha,
+        scale=scales[read],
+        **keywords,
+    )
+    for engine in (Host, Device):
+        loss, ce, kl, gradient, status = kd(
+            engine, student, teacher, labels, weights=weights, denominator=denominator, **options
+        )
+        masked = np.delete(np.arange(len(student)), read)
+        assert np.all(loss[masked] == 0)
+        assert np.all(gradient[masked] == 0)
+        assert within(loss[read], exact_loss[read], bounds.loss).all(), engine
+        for part, exact, only in ((ce, expected.ce, 1.0), (kl, expected.kl, 0.0)):
+            bound = loss_bound(
+                student.dtype, exact / denominator, temperature=temperature, alpha=only, scale=scales, scale_t2=scale_t2
+            )
+            assert within(part, exact / denominator, bound).all(), engine
+        error = gradient_error(gradient[read], exact_gradient[read], student.dtype)
+        finite = np.isfinite(exact_gradient[read]).all(axis=-1)
+        assert np.all(error[finite] <= bounds.gradient[finite]), engine
+        assert np.isnan(gradient[read][~finite].astype(np.float64)).all()
+        assert np.array_equal(status[read][finite], np.zeros((finite.sum(), 2))), engine
+        assert np.all(status[read][~finite, 0] == rowstatus.UNDEFINED_GRADIENT)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("student", "teacher"), PAIRS, ids=dtype_name)
+def test_kd(student, teacher, alpha, divergence):
+    V = VOCABULARIES[(PAIRS.index((student, teacher)) + int(alpha * 10)) % 4]
+    rng = np.random.default_rng(V)
+    s, t = logits(rng, 3, V, student), logits(rng, 3, V, teacher)
+    labels = rng.integers(V, size=3)
+    assert_kd(s, t, labels, np.array([1.0, 0.25, 3.0]), 4.25, alpha=alpha, divergence=divergence)
+
+
+@pytest.mark.parametrize("V", [1, 2, 7, 8, 9, 63, 520])
+def test_every_class_counts(V):
+    rng = np.random.default_rng(V)
+    s, t = logits(rng, 2, V, F32), logits(rng, 2, V, F32)
+    assert_kd(s, t, np.array([V - 1, 0]), temperature=1.0)
+
+
+@pytest.mark.parametrize(("temperature", "scale"), [(0.05, 1.0), (0.5, 30.0), (20.0, 0.1), (100.0, 1e4), (1.0, 1e37)])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=dtype_name)
+def test_kd_at_other_temperatures_and_scales(dtype, temperature, scale):
+    rng = np.random.default_rng(1)
+    s, t = logits(rng, 2, 33, dtype, scale), logits(rng, 2, 33, dtype, scale)
+    assert_kd(s, t, np.array([0, 32]), temperature=temperature)
+
+
+def test_kd_with_another_teacher_temperature_and_without_t2():
+    rng = np.random.default_rng(2)
+    s, t = logits(rng, 2, 33, F32), logits(rng, 2, 33, F32)
+    for divergence in ("forward_kl", "reverse_kl"):
+        assert_kd(s, t, np.array([0, 32]), teacher_temperature=5.0, scale_t2=False, divergence=divergence)
+
+
+@pytest.mark.parametrize("temperature", [1e-35, 1e35])
+def test_temperatures_beyond_float32(temperature):
+    rng = np.random.default_rng(3)
+    s, t = logits(rng, 1, 5, F32), logits(rng, 1, 5, F32)
+    host, device = (kd(e, s, t, np.array([1]), temperature=temperature, scale_t2=False) for e in (Host, Device))
+    for x, y in zip(host[:4], device[:4], strict=True):
+        np.testing.assert_allclose(y, x, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=dtype_name)
+def test_classes_that_are_ruled_out(dtype, divergence):
+    rng = np.random.default_rng(4)
+    s, t = logits(rng, 5, 33, dtype), logits(rng, 5, 33, dtype)
+    s[0, ::3] = t[0, ::3] = -INF  # by both: finite whatever the divergence
+    s[1, 1:] = t[1, 1:] = -INF  # one class left
+    t[2, 5] = -INF  # by the teacher: forward KL is finite, reverse KL is +inf
+    s[3, 32] = -INF  # by the student: forward KL is +inf, with a gradient; reverse KL is finite
+    s[4, 7] = t[4, 8] = -INF
+    labels = np.array([1, 0, 5, 0, 0])
+    assert_kd(s, t, labels, divergence=divergence)
+    loss = kd(Device, s, t, labels, divergence=divergence)[0]
+    assert np.isposinf(loss).tolist() == [False, False, divergence != "forward_kl", divergence == "forward_kl", True]
+
+
+def test_a_label_that_the_student_rules_out():
+    s = np.array([[0.0, -INF, 1.0], [0.0, 2.0, 1.0]], np.float32)
+    loss, ce, kl, gradient, status = kd(Device, s, np.zeros_like(s), np.array([1, 0]), alpha=1.0)
+    assert loss[0] == ce[0] == INF
+    assert np.isfinite(loss[1])
+    assert not kl.any()
+    np.testing.assert_allclose(gradient[0], np.array([0.26894142, -1.0, 0.73105858]), atol=1e-6)
+    assert not status.any()
+
+
+def test_masked_rows_are_not_read():
+    rng = np.random.default_rng(5)
+    s, t = logits(rng, 4, 9, F32), logits(rng, 4, 9, F32)
+    s[1], t[1], s[2], t[2] = NAN, NAN, NAN, INF
+    assert_kd(s, t, np.array([3, -100, 5, 8]), np.array([2.0, 1.0, 0.0, 1.0]), 3.0)
+
+
+def test_without_labels():
+    rng = np.random.default_rng(6)
+    s, t = logits(rng, 2, 33, F32), logits(rng, 2, 33, F32)
+    assert_kd(s, t, None, alpha=0.0)
+
+
+def test_at_alpha_0_labels_only_mask():
+    rng = np.random.default_rng(7)
+    s, t = logits(rng, 2, 33, F32), logits(rng, 2, 33, F32)
+    with_labels, without = (kd(Device, s, t, y, alpha=0.0) for y in (np.array([4, 5]), None))
+    for x, y in zip(with_labels, without, strict=True):
+        assert np.array_equal(x, y)
+
+
+def test_at_alpha_1_the_teacher_is_not_read():
+    s = logits(np.random.default_rng(8), 2, 33, F32)
+    assert_kd(s, np.full_like(s, NAN), np.array([0, 32]), alpha=1.0)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_name)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_rows_that_cannot_be_used(dtype, divergence):
+    rng = np.random.default_rng(9)
+    s, t = logits(rng, 9, 20, dtype), logits(rng, 9, 20, dtype)
+    labels, weights = rng.integers(20, size=9), np.ones(9)
+    s[0, 19] = NAN
+    s[1, 3], s[1, 17] = INF, NAN
+    s[2] = -INF
+    t[3, 11], t[3, 5], t[3, 12] = INF, NAN, INF
+    t[4, 2], t[4, 10] = INF, INF
+    t[5] = -INF
+    labels[6], weights[7] = 20, NAN
+    host, device = (kd(e, s, t, labels, weights=weights, divergence=divergence) for e in (Host, Device))
+    loss, ce, kl, gradient, status = device
+    assert np.isnan(np.stack([loss, ce, kl])[:, :8]).all()
+    assert np.isnan(gradient[:8].astype(np.float64)).all()
+    assert np.isfinite(loss[8])
+    assert np.isfinite(gradient[8].astype(np.float64)).all()
+    assert np.array_equal(status, host[4])
+    assert status.tolist() == [
+        [rowstatus.STUDENT + rowstatus.NAN, 19],
+        [rowstatus.STUDENT + rowstatus.POSITIVE_INF, 3],
+        [rowstatus.STUDENT + rowstatus.NO_SUPPORT, 0],
+        [rowstatus.TEACHER + rowstatus.NAN, 5],
+        [rowstatus.TEACHER + rowstatus.POSITIVE_INF, 2],
+        [rowstatus.TEACHER + rowstatus.NO_SUPPORT, 0],
+        [rowstatus.LABEL, 20],
+        [rowstatus.WEIGHT, 0],
+        [rowstatus.OK, 0],
+    ]
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), [("forward_kl", 0.3), ("reverse_kl", 0.3), ("forward_kl", 1.0)])
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=dtype_name)
+def test_a_gradient_in_place(dtype, divergence, alpha):
+    rng = np.random.default_rng(10)
+    s, t = logits(rng, 3, 33, dtype), logits(rng, 3, 33, dtype)
+    s[2, 4] = NAN
+    labels = np.array([0, 32, 1])
+    apart, in_place = (
+        kd(Device, s, t, labels, divergence=divergence, alpha=alpha, in_place=in_place) for in_place in (False, True)
+    )
+    for x, y in zip(apart, in_place, strict=True):
+        assert x.tobytes() == y.tobytes()
+
+
+def test_a_gradient_of_another_dtype_and_none():
+    rng = np.random.default_rng(11)
+    s, t = logits(rng, 2, 33, BF16), logits(rng, 2, 33, BF16)
+    labels = np.array([0, 32])
+    wide = kd(Device, s, t, labels, out=F64)
+    narrow = kd(Device, s, t, labels)
+    assert wide[3].dtype == F64
+    assert np.array_equal(wide[3].astype(np.float32).astype(BF16), narrow[3])
+    none = kd(Device, s, t, labels, with_gradient=False)
+    assert none[3].shape == (0, 33)
+    for x, y, z in zip(wide[:3], narrow[:3], none[:3], strict=True):
+        assert np.array_equal(x, y)
+        assert np.array_equal(x, z)
+
+
+def test_results_do_not_depend_on_strides_or_on_other_rows():
+    rng = np.random.default_rng(12)
+    s, t = logits(rng, 6, 66, F32), logits(rng, 6, 66, F32)
+    expected = kd(Device, np.ascontiguousarray(s[::2, ::2]), np.ascontiguousarray(t[::2, ::2]), np.array([0, 32, 1]))
+    alone = kd(Device, np.ascontiguousarray(s[2:3, ::2]), np.ascontiguousarray(t[2:3, ::2]), np.array([32]))
+    for x, y in zip(expected, alone, strict=True):
+        assert np.array_equal(x[1:2], y)
+
+    d_s, d_t, out = (memory.to_device(x, None) for x in (s, t, np.zeros_like(s)))
+    loss, ce, kl = (memory.empty((3,), np.float64, None) for _ in range(3))
+    kdcore.cuda.kd_rows(
+        d_s[::2, ::2], d_t[::2, ::2], memory.to_device(np.array([0, 32, 1]), None), memory.to_device(NONE, None),
+        memory.full((1,), np.float64, 1.0, None), Objective("forward_kl", 2.0, 2.0, 0.3, 4.0, -100),
+        out[::2, ::2], loss, ce, kl, memory.to_device(np.empty((0, 2), np.int64), None), None,
+    )  # fmt: skip
+    assert np.array_equal(memory.to_host(loss), expected[0])
+    got = memory.to_host(out)
+    assert np.array_equal(got[::2, ::2], expected[3])
+    got[::2, ::2] = 0
+    assert not got.any()
+
+
+def row_operation(engine, name, x, temperature, out_dtype=None):
+    shape = x.shape[:1] if name == "logsumexp" else x.shape
+    out = engine.put(np.full(shape, 7, out_dtype or (np.float64 if name == "logsumexp" else x.dtype)))
+    status = engine.put(np.zeros((len(x), 2), np.int64))
+    getattr(engine.kernels, f"{name}_rows")(engine.put(x), temperature, out, status, engine.where)
+    return engine.get(out), engine.get(status)
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_softmax_and_its_relatives(name, dtype):
+    rng = np.random.default_rng(13)
+    for V, temperature in zip(VOCABULARIES, (1.0, 0.05, 3.0, 100.0), strict=True):
+        x = logits(rng, 2, V, dtype)
+        if V > 1:
+            x[0, 1] = -INF
+        expected = getattr(oracle, name)(x, temperature)
+        tolerance = {F64: 1e-13, F32: 5e-7, F16: 2**-11, BF16: 2**-8}[dtype]
+        for engine in (Host, Device):
+            got, status = row_operation(engine, name, x, temperature)
+            assert not status.any()
+            with np.errstate(invalid="ignore"):
+                assert within(got, expected, tolerance * (1 + np.abs(np.where(np.isinf(expected), 0, expected)))).all()
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
+def test_softmax_of_rows_that_cannot_be_used(name):
+    x = np.zeros((4, 10), np.float32)
+    x[0, 9], x[1, 2], x[2] = NAN, INF, -INF
+    host, device = (row_operation(engine, name, x, 2.0) for engine in (Host, Device))
+    assert np.array_equal(np.isnan(device[0].reshape(4, -1)).all(axis=1), [True, True, True, False])
+    assert np.isfinite(device[0][3]).all()
+    assert np.array_equal(device[1], host[1])
+
+
+def test_softmax_in_place():
+    x = logits(np.random.default_rng(14), 2, 33, F32)
+    for name in ("softmax", "log_softmax"):
+        array = memory.to_device(x.copy(), None)
+        getattr(kdcore.cuda, f"{name}_rows")(
+            array, 2.0, array, memory.to_device(np.empty((0, 2), np.int64), None), None
+        )
+        assert np.array_equal(memory.to_host(array), row_operation(Device, name, x, 2.0)[0])
+
+
+@pytest.mark.parametrize("rows_", [0, 1, 5, 1000])
+def test_sums(rows_):
+    rng = np.random.default_rng(15)
+    labels, weights = rng.integers(-1, 3, rows_), rng.random(rows_)
+    for y, w in itertools.product((np.empty(0, np.int64), labels), (NONE, weights)):
+        results = []
+        for engine in (Host, Device):
+            out = engine.put(np.full(1, 7.0))
+            engine.kernels.weight_sum(engine.put(y), engine.put(w), -1, rows_, out, engine.where)
+            results.append(engine.get(out)[0])
+        np.testing.assert_allclose(results[1], results[0], rtol=1e-14)
+    total = memory.empty((), np.float64, None)
+    kdcore.cuda.reduce_rows(memory.to_device(weights, None), total, None)
+    assert total.shape == ()
+    np.testing.assert_allclose(memory.to_host(total), weights.sum(), rtol=1e-14)
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "tanh", "gelu"])
+@pytest.mark.parametrize("B", [0, 1, 3])
+def test_linear(activation, B):
+    if not primitives.SIMULATOR:
+        pytest.importorskip("cupy")
+    rng = np.random.default_rng(16)
+    x, weight, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((B, 5), (11, 5), (11,)))
+    results = []
+    for engine in (Host, Device):
+        out = engine.put(np.full((B, 11), 7, np.float32))
+        engine.kernels.linear(*(engine.put(a) for a in (x, weight, bias)), activation, out, engine.where)
+        results.append(engine.get(out))
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_16_bit_conversions_round_as_numpy_does():
+    special = np.array(
+        [0.0, -0.0, INF, -INF, NAN, 3.4e38, 65504, 65519, 65520, 1e-8, 6e-8, 1e-40, 1.00390625, 1.01171875]
+    )
+    values = np.concatenate(
+        [special, np.random.default_rng(17).normal(size=200) * 10.0 ** np.arange(-10, 10).repeat(10)]
+    )
+    values = values.astype(np.float32)
+
+    @cuda.jit
+    def convert(x, out):
+        v = cuda.threadIdx.x
+        while v < x.size:
+            out[v] = primitives.from_real(primitives.to_real(x[v]), out[v])
+            v += cuda.blockDim.x
+
+    for dtype in (F16, BF16):
+        with np.errstate(over="ignore"):
+            expected = values.astype(dtype)
+        narrow, wide = memory.empty(values.shape, dtype, None), memory.empty(values.shape, np.float32, None)
+        convert[1, primitives.THREADS](memory.to_device(values, None), primitives.raw_bits(narrow))
+        convert[1, primitives.THREADS](primitives.raw_bits(narrow), wide)
+        np.testing.assert_array_equal(memory.to_host(narrow).astype(np.float32), expected.astype(np.float32))
+        np.testing.assert_array_equal(memory.to_host(wide), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("threads", [1, 4, 32])
+def test_row_functions_in_another_kernel(threads):
+    @cuda.jit
+    def one_row(s, t, like, out, results):
+        """s, t [V]; out [3, V]; results [3]."""
+        shared = cuda.shared.array((3, 32), float64)
+        m_s, _, _ = rows.max_row(s, shared)
+        m_t, _, _ = rows.max_row(t, shared)
+        results[0] = rows.logsumexp_row(s, m_s, 2.0, like, shared)
+        results[1] = rows.cross_entropy_row(s, 7, m_s, like, shared)[0]
+        results[2] = rows.forward_kl_row(s, t, m_s, m_t, 2.0, like, shared)
+        rows.softmax_row(s, m_s, 2.0, like, shared, out[0])
+        rows.log_softmax_row(s, m_s, 2.0, like, shared, out[1])
+        rows.hinton_gradient_row(s, t, m_s, m_t, 2.0, like, shared, out[2])
+
+    rng = np.random.default_rng(18)
+    s, t = logits(rng, 2, 70, F32)
+    out, results = memory.empty((3, 70), np.float32, None), memory.empty((3,), np.float64, None)
+    one_row[1, threads](memory.to_device(s, None), memory.to_device(t, None), np.float32(0), out, results)
+    scalars, vectors = memory.to_host(results), memory.to_host(out)
+    expected = oracle.logsumexp(s, 2.0), oracle.cross_entropy(s, 7), oracle.forward_kl(s, t, 2.0)
+    np.testing.assert_allclose(scalars, np.array(expected, np.float64), rtol=1e-6)
+    np.testing.assert_allclose(vectors[0], oracle.softmax(s, 2.0).astype(F64), atol=5e-7)
+    np.testing.assert_allclose(vectors[1], oracle.log_softmax(s, 2.0).astype(F64), rtol=1e-6)
+    np.testing.assert_allclose(vectors[2], 4 * oracle.forward_kl_gradient(s, t, 2.0).astype(F64), atol=1e-6)
+
+
+def test_no_rows():
+    empty = np.empty((0, 5), np.float32)
+    for array in kd(Device, empty, empty, np.empty(0, np.int64)):
+        assert array.size == 0
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, np.dtype(np.int64), np.dtype(np.int32)], ids=dtype_name)
+def test_arrays_keep_their_dtype_and_values(dtype):
+    x = np.arange(6).reshape(2, 3).astype(dtype)
+    array = memory.to_device(x, None)
+    assert memory.owns(array)
+    assert memory.as_array(array).dtype == dtype
+    assert tuple(array.shape) == (2, 3)
+    back = memory.to_host(array)
+    assert back.dtype == dtype
+    assert np.array_equal(back, x)
+    assert memory.empty((4, 2), dtype, None).dtype == dtype
+
+
+def test_full():
+    for dtype, shape in itertools.product((np.float32, np.float64, np.int64), ((), (1,), (3, 5), (0, 2))):
+        got = memory.to_host(memory.full(shape, dtype, 3, None))
+        assert got.dtype == dtype
+        assert got.shape == shape
+        assert np.all(got == 3)
+
+
+def test_as_array_refuses_host_arrays():
+    with pytest.raises(DTypeError, match="CUDA device, got ndarray"):
+        memory.as_array(np.zeros(3))
+
+
+def test_as_rows():
+    x = np.arange(48.0).reshape(2, 3, 8)
+    array = memory.to_device(x, None)
+    for view, expected in [
+        (array, x.reshape(6, 8)),
+        (array[0], x[0]),
+        (array[0, 1], x[0, 1].reshape(1, 8)),
+        (array[:, :, ::2], x[:, :, ::2].reshape(6, 4)),
+        (array[:, 1:2], x[:, 1:2].reshape(2, 8)),
+    ]:
+        merged = memory.as_rows(view)
+        assert tuple(merged.shape) == expected.shape
+        out = memory.empty(expected.shape, np.float64, None)
+        kdcore.cuda.softmax_rows(merged, 1.0, out, memory.to_device(np.empty((0, 2), np.int64), None), None)
+        np.testing.assert_allclose(memory.to_host(out), oracle.softmax(expected).astype(F64), atol=1e-13)
+    assert tuple(memory.as_rows(memory.to_device(np.zeros((0, 3, 8)), None)).shape) == (0, 8)
+    with pytest.raises(ShapeError, match="contiguous"):
+        memory.as_rows(array[:, :2])
+
+
+def test_overlaps_and_same():
+    array = memory.to_device(np.zeros((4, 6)), None)
+    other = memory.to_device(np.zeros((4, 6)), None)
+    assert memory.same(array, array[:])
+    assert not memory.same(array, other)
+    assert not memory.same(array, array[:2])
+    assert not memory.same(array, array[::2, ::2])
+    assert memory.overlaps(array[:2], array[1:])
+    assert not memory.overlaps(array[:2], array[2:])
+    assert not memory.overlaps(array, other)
+    assert not memory.overlaps(array, memory.empty((0,), np.float64, None))
+
+
+def test_a_stream():
+    x = logits(np.random.default_rng(19), 2, 33, F32)
+    stream = cuda.stream()
+    array, out = memory.to_device(x, stream), memory.empty(x.shape, np.float32, stream)
+    kdcore.cuda.softmax_rows(array, 2.0, out, memory.full((2, 2), np.int64, 0, stream), stream)
+    assert np.array_equal(memory.to_host(out), row_operation(Device, "softmax", x, 2.0)[0])
+
+
+def test_what_is_no_stream():
+    x = memory.to_device(np.zeros((1, 3)), None)
+    with pytest.raises(DTypeError, match="stream must be None"):
+        kdcore.cuda.softmax_rows(x, 1.0, x, memory.full((1, 2), np.int64, 0, None), "fast")
