@@ -15,7 +15,10 @@ def real_number(value: Any, name: str, expected: str) -> float:
     """``value`` as a float; booleans, strings and arrays are errors that say what was ``expected``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise DTypeError(f"{name} must be {expected}, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise DomainError(f"{name} must be {expected}, got an integer beyond float64") from None
 
 
 def positive_number(value: Any, name: str) -> float:
@@ -36,10 +39,13 @@ def number_in(value: Any, name: str, low: float, high: float, *, high_open: bool
 
 
 def integer(value: Any, name: str, *, least: int | None = None) -> int:
-    """``value`` as an int, of at least ``least``."""
+    """``value`` as an int within int64, of at least ``least``."""
     expected = "an integer" if least is None else f"an integer of at least {least}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise DTypeError(f"{name} must be {expected}, got {value!r}")
-    if least is not None and value < least:
-        raise DomainError(f"{name} must be {expected}, got {value}")
-    return int(value)
+    number = int(value)
+    if least is not None and number < least:
+        raise DomainError(f"{name} must be {expected}, got {number}")
+    if not -(2**63) <= number < 2**63:
+        raise DomainError(f"{name} must be {expected} within 64 bits, got {number}")
+    return number

@@ -40,9 +40,9 @@ __all__ = [
     "tanh",
 ]
 
-#: Scaled logits d carry this factor. A power of two costs no accuracy, and it leaves room: no difference, product
-#: with an exponential or sum over a block of finite float32 logits overflows, whatever their size.
-HEADROOM = 2.0**-12
+#: Scaled logits d carry this factor. A power of two costs no accuracy, and it leaves room: no difference of finite
+#: float32 logits overflows, whatever their size, nor its product with a ratio of temperatures.
+HEADROOM = 2.0**-24
 
 
 def scaled_logit(x, m, headroom):

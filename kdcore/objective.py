@@ -19,16 +19,23 @@ class Objective(NamedTuple):
     ignore_index: int
 
 
-#: Temperatures (and their ratios) outside make float32 rates, gradients or ratios overflow.
-_FLOAT32_TEMPERATURES = (1e-30, 1e30)
+#: Temperatures outside make rates or gradients overflow in float32, larger ratios the terms of forward KL.
+_FLOAT32_TEMPERATURES = (1e-20, 1e20)
+_FLOAT32_RATIO = 4096.0
 
 
-def needs_float64(dtype_name: str, *temperatures: float, divergence: str = "forward_kl") -> bool:
+def needs_float64(
+    dtype_name: str, temperature: float, teacher_temperature: float = 1.0, divergence: str = "forward_kl"
+) -> bool:
     """Whether rows of a dtype are worked in float64 rather than float32.
 
     float64 rows are; so are divergences that go by their two formulas (log q - log p is as large as the logits are
     apart, and q (log q - log p) must not lose what a float32 gradient can show), and temperatures far from 1.
     """
     low, high = _FLOAT32_TEMPERATURES
-    narrow = all(low < temperature / other < high for temperature in temperatures for other in (1.0, *temperatures))
-    return dtype_name == "float64" or divergence != "forward_kl" or not narrow
+    return (
+        dtype_name == "float64"
+        or divergence != "forward_kl"
+        or not (low < temperature < high and low < teacher_temperature < high)
+        or teacher_temperature > _FLOAT32_RATIO * temperature
+    )

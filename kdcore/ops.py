@@ -226,6 +226,18 @@ def _weights(engine: _Engine, obj: Any, lead: tuple[int, ...]) -> Any:
     return array.reshape(-1)
 
 
+def _check_scale(weights: np.ndarray, rows: int, denominator: float | None) -> None:
+    """Raise unless sums of weights, and weights over the denominator, are finite numbers."""
+    with np.errstate(over="ignore", divide="ignore"):
+        total = float(weights.sum()) if weights.size else float(rows)
+        largest = float(weights.max()) if weights.size else 1.0
+        scale = largest if denominator is None else np.float64(largest) / denominator
+    if not math.isfinite(total):
+        raise DomainError("weights overflow when they are added up")
+    if not math.isfinite(scale):
+        raise DomainError(f"denominator={denominator} is so small that a weight of {largest} over it overflows")
+
+
 def _output(engine: _Engine, out: Any, shape: tuple[int, ...], itself: Any, inputs: dict[str, Any]) -> Any:
     """``out``, checked: its shape and dtype, writable, and either ``itself`` or disjoint from every input."""
     if isinstance(out, list | tuple) or np.isscalar(out):
@@ -236,12 +248,24 @@ def _output(engine: _Engine, out: Any, shape: tuple[int, ...], itself: Any, inpu
     _same_shape(array.shape, "out", shape, "the result")
     if not engine.memory.is_writable(out):
         raise AliasError("out is read-only")
+    if _overlaps_itself(array):
+        raise AliasError(f"out overlaps itself: shape {tuple(array.shape)}, strides {tuple(array.strides)}")
     for name, other in inputs.items():
         if other is itself and engine.memory.same(array, other):
             continue
         if engine.memory.overlaps(array, other):
             raise AliasError(f"out overlaps {name}: it must be the logits themselves or share no element with an input")
     return array
+
+
+def _overlaps_itself(array: Any) -> bool:
+    """Whether two elements may share bytes: some stride does not step over all that smaller strides reach."""
+    reach = array.dtype.itemsize
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(array.strides, array.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach += stride * (n - 1)
+    return False
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
@@ -510,6 +534,8 @@ def _kd(
     elif with_gradient:
         gradient = engine.empty(tuple(student.shape), student.dtype)
 
+    if check and engine.name == "cpu":
+        _check_scale(weights, rows, denominator if reduction == "mean" else 1.0)
     if reduction == "mean" and denominator is None:
         divisor = engine.empty((1,), np.float64)
         engine.kernels.weight_sum(labels, weights, objective.ignore_index, rows, divisor, engine.where)

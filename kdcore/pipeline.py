@@ -28,6 +28,7 @@ from kdcore.errors import (
     CheckpointError,
     ConfigError,
     DegenerateTeacherError,
+    EndOfDataError,
     KdcoreError,
     NonFiniteError,
     ShapeError,
@@ -200,7 +201,7 @@ class Pipeline:
                 for callback in self.callbacks:
                     callback.on_step_begin(state)
                 began = time.perf_counter()
-                batch = self.batches.next_batch(config.batch_size)
+                batch = self._next_batch()
                 state.loss = self._step(batch)
                 state.step += 1
                 history["rows"] += len(batch)
@@ -208,7 +209,6 @@ class Pipeline:
                 epoch_ends = state.step % steps_per_epoch == 0
                 if epoch_ends:
                     state.epoch += 1
-                    self.batches.reset()
                 bar.update()
                 bar.set_postfix(loss=f"{state.loss:.4g}", refresh=False)
                 if state.step == 1 or state.step % config.log_every == 0:
@@ -224,6 +224,13 @@ class Pipeline:
                     self._checkpoint(state, history, held_out)
         if state.stop_reason is not None:
             _log.info("stopped after step %d: %s", state.step, state.stop_reason)
+
+    def _next_batch(self) -> Batch:
+        try:
+            return self.batches.next_batch(self.config.batch_size)
+        except EndOfDataError:  # a source that wraps around goes on by itself
+            self.batches.reset()
+            return self.batches.next_batch(self.config.batch_size)
 
     def _step(self, batch: Batch) -> float:
         config = self.config
@@ -259,7 +266,8 @@ class Pipeline:
         config = self.config
         totals = {"ce": 0.0, "kl": 0.0}
         count = 0
-        for part in _parts(held_out, max(config.batch_size, _EVALUATION_ELEMENTS // self.student.vocab_size)):
+        row_elements = self.student.vocab_size * math.prod(np.shape(held_out.labels)[1:])
+        for part in _parts(held_out, max(config.batch_size, _EVALUATION_ELEMENTS // row_elements)):
             student, teacher, labels = self._logits(part)
             keep = labels != config.ignore_index
             count += int(keep.sum())
@@ -433,6 +441,7 @@ class Pipeline:
         }  # fmt: skip
         config = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in free}
         return config | {
+            "teacher": type(self.teacher).__name__,
             "student": type(self.student).__name__,
             "vocab_size": self.student.vocab_size,
             "held_out_labels": _digest(held_out.labels),

@@ -1,7 +1,7 @@
 """Kernels of the CPU engine: serial njit loops over the rows [lo, hi) of a batch, to be run by a thread pool.
 
 Letters: B rows, V classes. Logits and gradients [B, V] in storage form (see :mod:`kdcore.cpu.primitives`), ``work``
-[5, V] in the working type, row results [B] float64, ``status`` [B, 2] int64 (see :mod:`kdcore.rowstatus`).
+a tuple of rows [V] in the working type, row results [B] float64, ``status`` [B, 2] int64 (see :mod:`kdcore.rowstatus`).
 """
 
 import math

@@ -25,15 +25,13 @@ def _readable(array):
     return view
 
 
-def _working(dtype, *temperatures, divergence="forward_kl"):
-    return np.dtype(np.float64 if needs_float64(dtype.name, *temperatures, divergence=divergence) else np.float32)
-
-
-def _launch(kernel, before, after, rows, width, scratch_rows, working, threads):
-    """Run ``kernel(*before, work, lo, hi, *after)`` over all rows."""
+def _launch(kernel, before, after, rows, width, scratch_rows, wide, threads):
+    """Run ``kernel(*before, work, lo, hi, *after)`` over all rows, worked in float64 if ``wide``."""
+    working = np.dtype(np.float64 if wide else np.float32)
 
     def task(lo, hi):
-        kernel(*before, np.empty((scratch_rows, width), working), lo, hi, *after)
+        # Arrays of their own: rows of one array keep the compiler from vectorising loops over two of them.
+        kernel(*before, tuple(np.empty(width, working) for _ in range(scratch_rows)), lo, hi, *after)
 
     key = (kernel, working, *((a.dtype, a.flags.c_contiguous) for a in (*before, *after) if isinstance(a, np.ndarray)))
     if key not in _compiled:
@@ -44,23 +42,23 @@ def _launch(kernel, before, after, rows, width, scratch_rows, working, threads):
 
 def softmax_rows(logits, temperature, out, status, threads):
     """out [B, V] = softmax(logits / T)."""
-    working = _working(logits.dtype, temperature)
+    wide = needs_float64(logits.dtype.name, temperature)
     arguments = (_readable(logits), temperature), (raw_bits(out), status)
-    _launch(kernels.softmax_kernel, *arguments, *logits.shape, 2, working, threads)
+    _launch(kernels.softmax_kernel, *arguments, *logits.shape, 2, wide, threads)
 
 
 def log_softmax_rows(logits, temperature, out, status, threads):
     """out [B, V] = log softmax(logits / T)."""
-    working = _working(logits.dtype, temperature)
+    wide = needs_float64(logits.dtype.name, temperature)
     arguments = (_readable(logits), temperature), (raw_bits(out), status)
-    _launch(kernels.log_softmax_kernel, *arguments, *logits.shape, 2, working, threads)
+    _launch(kernels.log_softmax_kernel, *arguments, *logits.shape, 2, wide, threads)
 
 
 def logsumexp_rows(logits, temperature, out, status, threads):
     """out [B] = log of the row sums of exp(logits / T)."""
-    working = _working(logits.dtype, temperature)
+    wide = needs_float64(logits.dtype.name, temperature)
     arguments = (_readable(logits), temperature), (raw_bits(out), status)
-    _launch(kernels.logsumexp_kernel, *arguments, *logits.shape, 2, working, threads)
+    _launch(kernels.logsumexp_kernel, *arguments, *logits.shape, 2, wide, threads)
 
 
 def kd_rows(student, teacher, labels, weights, denominator, objective, gradient, loss, ce, kl, status, threads):
@@ -70,7 +68,7 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
     not read, at alpha = 0 labels only mask.
     """
     temperatures = objective.temperature, objective.teacher_temperature
-    working = _working(student.dtype, *temperatures, divergence=objective.divergence)
+    wide = needs_float64(student.dtype.name, *temperatures, objective.divergence)
     before = (
         _readable(student),
         _readable(teacher),
@@ -83,7 +81,7 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
         objective.kd_scale,
     )
     after = (raw_bits(gradient), loss, ce, kl, status)
-    _launch(_KD_KERNELS[objective.divergence], before, after, *student.shape, 5, working, threads)
+    _launch(_KD_KERNELS[objective.divergence], before, after, *student.shape, 5, wide, threads)
 
 
 @njit(cache=True)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from kdcore.errors import DTypeError
+from kdcore.errors import DTypeError, ShapeError
 
 __all__ = ["as_array", "as_rows", "empty", "full", "is_writable", "overlaps", "same", "to_host"]
 
@@ -17,7 +17,9 @@ def as_array(obj):
         raise DTypeError("masked arrays are not supported, since their mask would be lost: use weights or -inf")
     try:
         array = np.asarray(obj)
-    except (TypeError, ValueError) as error:  # ragged lists; tensors that NumPy cannot see
+    except ValueError as error:
+        raise ShapeError(f"expected an array, got a ragged {type(obj).__name__}: {error}") from error
+    except TypeError as error:
         raise DTypeError(f"expected an array, got {type(obj).__name__}: {error}") from error
     if not array.dtype.isnative:
         raise DTypeError(f"arrays must be in native byte order, got dtype {array.dtype.str}")

@@ -4,8 +4,8 @@ Letters: V classes; x, s, t rows [V] of logits in storage form (float32, float64
 :mod:`kdcore.cpu.primitives`); d scaled logits and e exponentials [V], contiguous, in the working type (float32 or
 float64). What they compute is written in :mod:`kdcore.formulas`; here are the loops.
 
-Every reduction runs over contiguous rows of the working type, in blocks of fixed size whose sums are added up in
-float64. So neither the layout of the caller's array nor its neighbours can change a bit of the result.
+Every sum runs in float64 over contiguous rows of the working type. So neither the layout of the caller's array nor its
+neighbours can change a bit of the result.
 """
 
 import math
@@ -34,8 +34,6 @@ __all__ = [
     "two_formula_soft",
     "write_gradient",
 ]
-
-_BLOCK = 1024
 
 _strict = njit(fastmath=False)
 _scaled_logit = _strict(formulas.scaled_logit)
@@ -89,12 +87,9 @@ def exp_row(d, rate, e):
     """e = exp2(d rate); returns z, their sum, in float64."""
     high, low = split_rate(rate, d[0])
     z = 0.0
-    for start in range(0, d.size, _BLOCK):
-        part = type(d[0])(0)
-        for v in range(start, min(start + _BLOCK, d.size)):
-            e[v] = exp2_scaled(d[v], high, low)
-            part += e[v]
-        z += part
+    for v in range(d.size):
+        e[v] = exp2_scaled(d[v], high, low)
+        z += np.float64(e[v])
     return z
 
 
@@ -108,11 +103,8 @@ def forward_kl_soft(d_s, d_t, e_s, e_t, temperature, teacher_temperature):
     z_t = exp_row(d_t, _rate(teacher_temperature), e_t)
     ratio = type(d_s[0])(teacher_temperature / temperature)
     w = 0.0
-    for start in range(0, d_s.size, _BLOCK):
-        part = type(d_s[0])(0)
-        for v in range(start, min(start + _BLOCK, d_s.size)):
-            part += _forward_kl_term(e_t[v], d_t[v], d_s[v], ratio)
-        w += part
+    for v in range(d_s.size):
+        w += np.float64(_forward_kl_term(e_t[v], d_t[v], d_s[v], ratio))
     return _forward_kl_from_sums(w, z_t, z_s, teacher_temperature), 1.0 / z_s, 1.0 / z_t
 
 
@@ -177,7 +169,7 @@ def write_gradient(e_h, e_s, e_t, alpha, hard, soft_q, soft_p, out):
 
 
 # The operations one at a time, for a caller's own njit code. x, s and t must be rows that max_row calls usable.
-# ``scratch`` [3, V] is in the working type: float64, or float32 for float32 and 16-bit rows.
+# ``scratch`` is a tuple of two or four arrays [V] of the working type: float64, or float32 for float32 and 16-bit rows.
 
 
 @njit
@@ -195,7 +187,7 @@ def softmax_row(x, temperature, scratch, out):
     scale_row(x, m, scratch[0])
     z = exp_row(scratch[0], _rate(temperature), scratch[1])
     for v in range(out.size):
-        out[v] = from_real(scratch[1, v] / z, out[v])
+        out[v] = from_real(scratch[1][v] / z, out[v])
 
 
 @njit
@@ -205,7 +197,7 @@ def log_softmax_row(x, temperature, scratch, out):
     scale_row(x, m, scratch[0])
     z = exp_row(scratch[0], _rate(temperature), scratch[1])
     for v in range(out.size):
-        out[v] = from_real(_log_softmax(np.float64(scratch[0, v]), z, temperature), out[v])
+        out[v] = from_real(_log_softmax(np.float64(scratch[0][v]), z, temperature), out[v])
 
 
 @njit
@@ -218,7 +210,7 @@ def cross_entropy_row(s, label, scratch):
 
 @njit
 def forward_kl_row(s, t, temperature, scratch):
-    """KL(softmax(t/T) || softmax(s/T)), without T². ``scratch`` [4, V]."""
+    """KL(softmax(t/T) || softmax(s/T)), without T². Four rows of scratch."""
     scale_row(s, max_row(s)[0], scratch[0])
     scale_row(t, max_row(t)[0], scratch[1])
     return forward_kl_soft(scratch[0], scratch[1], scratch[2], scratch[3], temperature, temperature)[0]
@@ -226,7 +218,7 @@ def forward_kl_row(s, t, temperature, scratch):
 
 @njit
 def hinton_gradient_row(s, t, temperature, scratch, out):
-    """out = T (softmax(s/T) - softmax(t/T)), the gradient of T² KL by s. ``scratch`` [4, V]."""
+    """out = T (softmax(s/T) - softmax(t/T)), the gradient of T² KL by s. Four rows of scratch."""
     scale_row(s, max_row(s)[0], scratch[0])
     scale_row(t, max_row(t)[0], scratch[1])
     z_s = exp_row(scratch[0], _rate(temperature), scratch[2])

@@ -13,9 +13,10 @@ from kdcore.objective import needs_float64
 
 __all__ = ["kd_rows", "linear", "log_softmax_rows", "logsumexp_rows", "reduce_rows", "softmax_rows", "weight_sum"]
 
-def _like(dtype, *temperatures, divergence="forward_kl"):
-    """A number in the working type of rows of ``dtype``."""
-    return np.float64(0) if needs_float64(dtype.name, *temperatures, divergence=divergence) else np.float32(0)
+
+def _like(wide):
+    """A number in the working type, which is how a kernel learns it."""
+    return np.float64(0) if wide else np.float32(0)
 
 
 def _launch(kernel, rows, stream, *arguments):
@@ -26,21 +27,21 @@ def _launch(kernel, rows, stream, *arguments):
 
 def softmax_rows(logits, temperature, out, status, stream):
     """out [B, V] = softmax(logits / T)."""
-    like = _like(logits.dtype, temperature)
+    like = _like(needs_float64(logits.dtype.name, temperature))
     arguments = raw_bits(logits), float(temperature), like, raw_bits(out), status
     _launch(kernels.softmax_kernel, logits.shape[0], stream, *arguments)
 
 
 def log_softmax_rows(logits, temperature, out, status, stream):
     """out [B, V] = log softmax(logits / T)."""
-    like = _like(logits.dtype, temperature)
+    like = _like(needs_float64(logits.dtype.name, temperature))
     arguments = raw_bits(logits), float(temperature), like, raw_bits(out), status
     _launch(kernels.log_softmax_kernel, logits.shape[0], stream, *arguments)
 
 
 def logsumexp_rows(logits, temperature, out, status, stream):
     """out [B] = log of the row sums of exp(logits / T)."""
-    like = _like(logits.dtype, temperature)
+    like = _like(needs_float64(logits.dtype.name, temperature))
     arguments = raw_bits(logits), float(temperature), like, raw_bits(out), status
     _launch(kernels.logsumexp_kernel, logits.shape[0], stream, *arguments)
 
@@ -52,7 +53,7 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
     teacher is not read, at alpha = 0 labels only mask.
     """
     temperatures = objective.temperature, objective.teacher_temperature
-    like = _like(student.dtype, *temperatures, divergence=objective.divergence)
+    like = _like(needs_float64(student.dtype.name, *temperatures, objective.divergence))
     arguments = (
         raw_bits(student),
         raw_bits(teacher),

@@ -129,7 +129,7 @@ class LogitStudent:
         try:
             student = cls(metadata["vocab_size"], 0.0, metadata["learning_rate"], context=metadata["context"])
             table = arrays["table"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, MemoryError) as error:
             raise CheckpointError(f"{path} is not the checkpoint of a LogitStudent: {error}") from error
         if table.shape != student._table.shape or table.dtype != np.float32:
             raise CheckpointError(

@@ -1,0 +1,203 @@
+"""The numeric contract as code: how far a loss or a gradient may be from the exact one.
+
+A gradient q - p cancels, so its error is measured against what was subtracted, not against what is left. Per row,
+with w = weight / denominator, k = T² (1 where the loss is not scaled by T²) and 2-norms over the classes:
+
+    S           |p| + |q|                                               for forward KL
+                |p| + |q| + |q phi'| + |q| |sum of q phi'|              for any other divergence sum of phi(p, q)
+    gradient    |error| <= G w (alpha (|h| + 1) + (1 - alpha) k / T S)
+    loss        |error| <= R |L| + G w (alpha + (1 - alpha) k)
+
+    float32     G = 5e-7    R = 1e-6
+    float64     G = 1e-13   R = 1e-12
+
+The gradient of a divergence other than forward KL is q (phi' - sum of q phi'), so the subtracted terms are q phi' and
+q sum of q phi': a result that is rounded to float32 cannot be nearer to the truth than its own rounding, which
+is of the size of T q phi'. (Forward KL has phi' = -p / q, whose product with q is the p of its S.)
+
+float16 and bfloat16 logits have float32's bounds. A gradient that is written in a type with fewer digits than it was
+computed in may in addition be off by half an ulp of that type, element by element: :func:`gradient_error` takes this
+off before it forms the norm.
+
+Nothing here comes from the kernels: the bounds can judge any implementation.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = [
+    "GRADIENT",
+    "RELATIVE_LOSS",
+    "KDBounds",
+    "gradient_bound",
+    "gradient_error",
+    "half_ulp",
+    "kd_bounds",
+    "loss_bound",
+    "subtracted",
+    "within",
+    "working_dtype",
+]
+
+#: Factor G of the contract, by the name of the working type.
+GRADIENT = {"float32": 5e-7, "float64": 1e-13}
+#: Factor R of the contract.
+RELATIVE_LOSS = {"float32": 1e-6, "float64": 1e-12}
+
+#: Significant binary digits, and the exponent of the smallest positive number, of the types that gradients come in.
+_DIGITS = {"float64": (53, -1074), "float32": (24, -149), "float16": (11, -24), "bfloat16": (8, -133)}
+
+
+class KDBounds(NamedTuple):
+    """What is allowed: ``loss`` [B] for each row's loss, ``gradient`` [B] for the 2-norm of its gradient's error."""
+
+    loss: Any
+    gradient: Any
+
+
+def working_dtype(dtype: Any) -> str:
+    """ "float64" for a float64 student, "float32" for every other supported dtype: what its vectors are computed in."""
+    name = np.dtype(dtype).name
+    if name not in _DIGITS:
+        raise TypeError(f"dtype must be one of {', '.join(_DIGITS)}, got {name}")
+    return "float64" if name == "float64" else "float32"
+
+
+def subtracted(p: Any, q: Any, q_slope: Any = None) -> Any:
+    """S: the 2-norms of what is subtracted in a divergence's gradient; rows are the last dimension.
+
+    ``q_slope`` is q phi' class by class, for every divergence but forward KL.
+    """
+    q_norm = _norm(q)
+    size = _norm(p) + q_norm
+    if q_slope is not None:
+        size = size + _norm(q_slope) + q_norm * np.abs(_wide(q_slope).sum(axis=-1))
+    return size
+
+
+def gradient_bound(
+    dtype: Any,
+    p: Any,
+    q: Any,
+    h: Any,
+    *,
+    temperature: float,
+    alpha: float,
+    q_slope: Any = None,
+    scale_t2: bool = True,
+    scale: Any = 1.0,
+) -> Any:
+    """The allowed 2-norm of a row's gradient error.
+
+    Parameters
+    ----------
+    dtype
+        Of the student's logits.
+    p, q, h : array [..., V]
+        softmax(t / T), softmax(s / T) and softmax(s). What alpha rules out is not read.
+    q_slope : array [..., V], optional
+        q phi', for every divergence but forward KL.
+    scale : array [...] or float
+        w: the row's weight over the batch's denominator.
+    """
+    hard = alpha * (_norm(h) + 1) if alpha > 0 else 0.0
+    soft = 0.0
+    if alpha < 1:
+        soft = (1 - alpha) * (temperature if scale_t2 else 1 / temperature) * subtracted(p, q, q_slope)
+    scale = _wide(scale)
+    # A masked row is exact, also where it has no gradient.
+    return np.where(scale == 0, 0.0, GRADIENT[working_dtype(dtype)] * scale * (hard + soft))
+
+
+def loss_bound(
+    dtype: Any, loss: Any, *, temperature: float, alpha: float, scale_t2: bool = True, scale: Any = 1.0
+) -> Any:
+    """The allowed error of a row's loss; ``loss`` is the exact one, scaled. An infinite loss must be met exactly."""
+    name = working_dtype(dtype)
+    loss = _wide(loss)
+    size = np.where(np.isfinite(loss), np.abs(loss), 0.0)
+    absolute = alpha + (1 - alpha) * (temperature**2 if scale_t2 else 1.0)
+    return RELATIVE_LOSS[name] * size + GRADIENT[name] * _wide(scale) * absolute
+
+
+def kd_bounds(
+    student_logits: Any,
+    teacher_logits: Any,
+    loss: Any,
+    *,
+    temperature: float,
+    alpha: float,
+    divergence: str = "forward_kl",
+    teacher_temperature: float | None = None,
+    scale_t2: bool = True,
+    scale: Any = 1.0,
+) -> KDBounds:
+    """Both bounds from logits [..., V], which must be usable rows, and the exact row losses [...].
+
+    ``alpha`` is the weight of the cross-entropy. ``scale`` [...] is each row's weight over the denominator; a row of
+    scale 0 gets the bound 0. A row whose divergence is +inf and leaves no gradient gets the gradient bound NaN.
+    """
+    if divergence not in ("forward_kl", "reverse_kl"):
+        raise ValueError(f"divergence must be 'forward_kl' or 'reverse_kl', got {divergence!r}")
+    h = p = q = q_slope = None
+    if alpha > 0:
+        h = np.exp(_log_softmax(student_logits, 1.0))
+    if alpha < 1:
+        log_q = _log_softmax(student_logits, temperature)
+        log_p = _log_softmax(teacher_logits, temperature if teacher_temperature is None else teacher_temperature)
+        p, q = np.exp(log_p), np.exp(log_q)
+        if divergence == "reverse_kl":
+            allowed = log_q > -np.inf
+            q_slope = np.zeros_like(q)
+            with np.errstate(invalid="ignore"):  # 0 * inf: no gradient at all, and NaN says so
+                q_slope[allowed] = q[allowed] * (log_q[allowed] - log_p[allowed])
+                q_slope[(allowed & (log_p == -np.inf)).any(axis=-1)] = np.nan
+    kinds = {"temperature": temperature, "alpha": alpha, "scale_t2": scale_t2, "scale": scale}
+    dtype = np.asarray(student_logits).dtype
+    return KDBounds(loss_bound(dtype, loss, **kinds), gradient_bound(dtype, p, q, h, q_slope=q_slope, **kinds))
+
+
+def half_ulp(values: Any, dtype: Any) -> Any:
+    """Half the distance of neighbouring numbers of ``dtype`` at each of ``values``."""
+    digits, smallest = _DIGITS[np.dtype(dtype).name]
+    _, exponent = np.frexp(_wide(values))  # |value| in [2^(exponent - 1), 2^exponent)
+    return np.ldexp(0.5, np.maximum(exponent - digits, smallest))
+
+
+def gradient_error(gradient: Any, expected: Any, student_dtype: Any) -> Any:
+    """The 2-norm of a row's error, less the rounding to a type narrower than the working one; NaN where either is."""
+    gradient = np.asarray(gradient)
+    wide, expected = _wide(gradient), _wide(expected)
+    error = np.abs(wide - expected)
+    if _DIGITS[gradient.dtype.name][0] < _DIGITS[working_dtype(student_dtype)][0]:
+        rounding = half_ulp(np.maximum(np.abs(wide), np.abs(expected)), gradient.dtype)
+        error = np.where(error <= rounding, 0.0, error - rounding)  # a NaN stays
+    return _norm(error)
+
+
+def within(actual: Any, expected: Any, bound: Any) -> Any:
+    """Whether each number is as near as allowed. An infinity must be met exactly, and NaN is never near anything."""
+    actual, expected = _wide(actual), _wide(expected)
+    with np.errstate(invalid="ignore"):
+        near = np.isfinite(actual) & np.isfinite(expected) & (np.abs(actual - expected) <= bound)
+    return (actual == expected) | near
+
+
+def _wide(values: Any) -> Any:
+    """As float64 or wider; bfloat16 has no direct way to longdouble, so everything narrower goes to float64."""
+    values = np.asarray(values)
+    return values if values.dtype == np.longdouble else values.astype(np.float64)
+
+
+def _norm(values: Any) -> Any:
+    return np.sqrt(np.square(_wide(values)).sum(axis=-1))
+
+
+def _log_softmax(logits: Any, temperature: float) -> Any:
+    # Divided before it is shifted: the difference of finite float64 logits may overflow, that of float32 logits cannot.
+    scaled = np.asarray(logits).astype(np.float64) / temperature
+    scaled = scaled - scaled.max(axis=-1, keepdims=True)
+    return scaled - np.log(np.exp(scaled).sum(axis=-1, keepdims=True))

@@ -1,0 +1,1071 @@
+"""Pipeline.execute: what it refuses, what it reports, what it leaves on disk, and how it goes on after a crash."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+
+from kdcore import (
+    ArrayBatchSource,
+    Batch,
+    Callback,
+    CheckpointError,
+    ConfigError,
+    DegenerateTeacherError,
+    DistillConfig,
+    FixtureTeacher,
+    HDF5Teacher,
+    LinearStudent,
+    LogitStudent,
+    NonFiniteError,
+    Pipeline,
+    ShapeError,
+    ShardBatchSource,
+    SyntheticBatchSource,
+    TruncatingTeacher,
+    VocabularyMismatchError,
+    save_teacher_logits,
+)
+from kdcore.hdf5 import read_arrays
+
+V = 8
+
+
+class Bigram:
+    """Seeded logits by the last token."""
+
+    def __init__(self, vocab_size=V, seed=0, scale=2.0):
+        self.table = np.random.default_rng(seed).normal(scale=scale, size=(V, vocab_size)).astype(np.float32)
+
+    @property
+    def vocab_size(self):
+        return self.table.shape[1]
+
+    def logits_for_batch(self, input_ids):
+        return self.table[[row[-1] for row in input_ids]]
+
+    def logits_per_position(self, input_ids):
+        return self.table[np.asarray(input_ids)], np.ones(np.shape(input_ids), bool)
+
+
+class Silent(Bigram):
+    def logits_for_batch(self, input_ids):
+        raise AssertionError("the teacher was asked")
+
+    logits_per_position = logits_for_batch
+
+
+def arrays(rows=50, length=2, seed=0, per_position=False, shuffle=3, held_out=0.2):
+    """Rows of which a fifth is held out; labels by a rule with exceptions."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(V, size=(rows, length))
+    labels = np.where(rng.random(ids.shape) < 0.7, (ids + 1) % V, rng.integers(V, size=ids.shape))
+    labels = labels if per_position else labels[:, -1]
+    return ArrayBatchSource(ids, labels, seed=shuffle, held_out=held_out)
+
+
+def pipeline(directory, *, teacher=None, student=None, batches=None, callbacks=(), progress=None, **config):
+    values = {"alpha": 0.5, "temperature": 2.0, "batch_size": 4, "epochs": 2} | config
+    return Pipeline(
+        DistillConfig(output_dir=str(directory), **values),
+        teacher=Bigram() if teacher is None else teacher,
+        student=LogitStudent(V, context=1, learning_rate=1.0) if student is None else student,
+        batches=arrays() if batches is None else batches,
+        callbacks=callbacks,
+        progress=progress,
+    )
+
+
+def momentum_student():
+    return LinearStudent(V, V, learning_rate=0.3, momentum=0.9)
+
+
+def lasting(metrics):
+    """Metrics without the clock's."""
+    return {name: value for name, value in metrics.items() if name != "throughput"}
+
+
+def same_student(path, other):
+    """The files hold the same parameters and optimiser state, bit for bit."""
+    (ours, our_metadata), (theirs, their_metadata) = read_arrays(path), read_arrays(other)
+    assert our_metadata == their_metadata
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name])
+    assert any(np.abs(array).max() > 0.01 for array in ours.values())
+
+
+def names(directory):
+    return sorted(path.name for path in Path(directory).iterdir())
+
+
+class Journal(Callback):
+    def __init__(self):
+        self.events = []
+
+    def on_step_begin(self, state):
+        self.events.append(("begin", state.step))
+
+    def on_step_end(self, state):
+        self.events.append(("end", state.step))
+
+    def on_epoch_end(self, state):
+        self.events.append(("epoch", state.epoch))
+
+    def on_checkpoint(self, state, path):
+        self.events.append(("checkpoint", path.name))
+
+    def of(self, kind):
+        return [value for name, value in self.events if name == kind]
+
+
+class StopAt(Callback):
+    """Stops the run from one hook, the ``count``-th time that it is called."""
+
+    def __init__(self, hook, count):
+        self.left = count
+        setattr(self, hook, self.stop)
+
+    def stop(self, state, *_):
+        self.left -= 1
+        if self.left == 0:
+            state.stop("enough")
+
+
+class CrashAt(Callback):
+    """An error in the middle of a run."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, state):
+        if state.step == self.step:
+            raise InterruptedError(f"crashed at step {state.step}")
+
+
+# --- what a run reports ---------------------------------------------------------------------------------------------
+
+
+def held_out_answer(student, batch, teacher, *, temperature=2.0, alpha=0.5, divergence="forward_kl"):
+    return oracle.kd(
+        student.logits_for_batch(batch.input_ids),
+        teacher.logits_for_batch(batch.input_ids),
+        batch.labels,
+        temperature,
+        alpha,
+        divergence=divergence,
+    )
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_d16_metrics_are_of_the_same_held_out_rows(divergence, alpha, tmp_path):
+    batches = arrays()
+    run = pipeline(tmp_path / "run", batches=batches, alpha=alpha, divergence=divergence)
+    result = run.execute()
+    metrics = result.metrics
+    untrained = LogitStudent(V, context=1)
+    for when, student in (("initial", untrained), ("final", LogitStudent.load(result.output_path))):
+        answer = held_out_answer(student, batches.held_out(), Bigram(), alpha=alpha, divergence=divergence)
+        assert metrics[f"{when}_loss"] == pytest.approx(float(answer.loss), rel=1e-6)
+        for part, value, present in (("ce", answer.ce, alpha > 0), ("kl", answer.kl, alpha < 1)):
+            expected = pytest.approx(float(value), rel=1e-6) if present else None
+            assert metrics[f"{when}_{part}"] == expected
+    assert metrics["final_loss"] < 0.9 * metrics["initial_loss"]
+    assert metrics["best_validation_loss"] <= metrics["final_loss"]
+    assert metrics["improvement_ratio"] == pytest.approx(1 - metrics["final_loss"] / metrics["initial_loss"])
+    assert (metrics["steps"], metrics["epochs"], metrics["stop_reason"]) == (20, 2, None)
+    assert metrics["objective"] == run.config.objective()
+    assert metrics["throughput"] > 0
+    assert result.output_path == tmp_path / "run" / "student.h5"
+    assert result.duration_seconds > 0
+
+
+def test_d16_best_is_of_validations_and_not_of_training(tmp_path):
+    class Losses(Callback):
+        def __init__(self):
+            self.training, self.validation = [], []
+
+        def on_step_end(self, state):
+            self.training.append(state.loss)
+            self.validation.append(state.metrics["loss"])
+
+    losses = Losses()
+    # A rate that is far too large: later validations are worse than earlier ones.
+    student = LogitStudent(V, context=1, learning_rate=30.0)
+    run = pipeline(tmp_path / "run", student=student, callbacks=[losses], validate_every=1, alpha=1.0)
+    metrics = run.execute().metrics
+    assert metrics["best_validation_loss"] == min(metrics["initial_loss"], *losses.validation)
+    assert metrics["best_validation_loss"] < metrics["final_loss"]
+    assert metrics["best_validation_loss"] > min(losses.training)
+    assert metrics["final_loss"] == losses.validation[-1]
+
+
+def test_d16_a_pass_is_a_pass_over_the_data(tmp_path):
+    journal = Journal()
+    metrics = pipeline(tmp_path / "run", batches=arrays(rows=23), callbacks=[journal], epochs=3).execute().metrics
+    assert metrics["steps"] == 3 * 5  # 18 rows to train on, in fours
+    assert journal.of("epoch") == [1, 2, 3]
+
+
+def test_d16_the_held_out_batch_is_asked_for_once(tmp_path):
+    class Moody(SyntheticBatchSource):
+        asked = 0
+
+        def held_out(self):
+            self.asked += 1
+            return super().held_out() if self.asked == 1 else self.next_batch(1)
+
+    source = Moody(4, rows_per_epoch=12)
+    pipeline(tmp_path / "run", batches=source, validate_every=1).execute()
+    assert source.asked == 1
+
+
+def test_d16_per_position_runs_are_bracketed_per_position(tmp_path):
+    batches = arrays(per_position=True)
+    result = pipeline(tmp_path / "run", batches=batches, per_position=True).execute()
+    held_out = batches.held_out()
+    for name, student in (("initial", LogitStudent(V, context=1)), ("final", LogitStudent.load(result.output_path))):
+        answer = oracle.kd(
+            student.logits_per_position(held_out.input_ids)[0].reshape(-1, V),
+            Bigram().table[held_out.input_ids].reshape(-1, V),
+            held_out.labels.ravel(),
+            2.0,
+            0.5,
+        )
+        assert result.metrics[f"{name}_loss"] == pytest.approx(float(answer.loss), rel=1e-6)
+    assert result.metrics["final_loss"] < result.metrics["initial_loss"]
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 0.9])
+def test_d4_a_step_is_kd_step_with_alpha_as_the_weight_of_ce(alpha, tmp_path):
+    result = pipeline(tmp_path / "run", max_steps=1, alpha=alpha).execute()
+    source = arrays()
+    source.reset()  # a run begins with a pass of its own
+    batch = source.next_batch(4)
+    tokens = batch.input_ids[:, -1]
+    answer = oracle.kd(np.zeros((4, V)), Bigram().table[tokens], batch.labels, 2.0, alpha)
+    table = np.zeros((V, V))
+    np.add.at(table, tokens, -answer.gradient.astype(float))
+    loaded = LogitStudent.load(result.output_path).logits_for_batch([[token] for token in range(V)])
+    np.testing.assert_allclose(loaded, table, rtol=0, atol=1e-6)
+
+
+def test_ignored_rows_count_neither_in_training_nor_in_validation(tmp_path):
+    rng = np.random.default_rng(0)
+    ids, labels = rng.integers(V, size=(40, 1)), rng.integers(V, size=40)
+    labels[::3] = -1
+    batches = ArrayBatchSource(ids, labels, seed=None, held_out=0.25)
+    result = pipeline(tmp_path / "run", batches=batches, ignore_index=-1, max_steps=1).execute()
+    held_out = batches.held_out()
+    kept = held_out.labels != -1
+    assert 0 < kept.sum() < len(kept)
+    answer = oracle.kd(
+        np.zeros((kept.sum(), V)), Bigram().table[held_out.input_ids[kept, 0]], held_out.labels[kept], 2.0, 0.5
+    )
+    assert result.metrics["initial_loss"] == pytest.approx(float(answer.loss), rel=1e-6)
+    table = np.zeros((V, V))  # the first batch: rows 0 and 3 are ignored, so the gradient is a mean over two
+    answer = oracle.kd(np.zeros((2, V)), Bigram().table[ids[1:3, 0]], labels[1:3], 2.0, 0.5)
+    np.add.at(table, ids[1:3, 0], -answer.gradient.astype(float))
+    loaded = LogitStudent.load(result.output_path).logits_for_batch([[token] for token in range(V)])
+    np.testing.assert_allclose(loaded, table, rtol=0, atol=1e-6)
+
+
+def test_alpha_one_does_not_ask_the_teacher(tmp_path):
+    for name, per_position in (("row", False), ("position", True)):
+        run = pipeline(
+            tmp_path / name,
+            teacher=Silent(),
+            alpha=1.0,
+            per_position=per_position,
+            batches=arrays(per_position=per_position),
+        )
+        metrics = run.execute().metrics
+        assert metrics["final_loss"] < metrics["initial_loss"]
+        assert (metrics["initial_kl"], metrics["final_kl"]) == (None, None)
+    with pytest.raises(AssertionError, match="the teacher was asked"):
+        pipeline(tmp_path / "other", teacher=Silent(), alpha=0.9).execute()
+
+
+def test_directions_are_different_runs(tmp_path):
+    paths = [
+        pipeline(tmp_path / name, divergence=name, alpha=0.0).execute().output_path
+        for name in ("forward_kl", "reverse_kl")
+    ]
+    forward, reverse = (LogitStudent.load(path).logits_for_batch([[token] for token in range(V)]) for path in paths)
+    assert np.abs(forward - reverse).max() > 0.01
+
+
+def test_per_position_with_the_fixture_teacher(tmp_path):
+    batches = SyntheticBatchSource(V, sequence_length=3, rows_per_epoch=80, per_position=True)
+    run = pipeline(tmp_path / "run", teacher=FixtureTeacher(V), batches=batches, per_position=True)
+    metrics = run.execute().metrics
+    assert metrics["final_loss"] < 0.8 * metrics["initial_loss"]
+
+
+# --- the log, and what a terminal shows -----------------------------------------------------------------------------
+
+
+def test_the_log_states_the_objective_and_the_validations(tmp_path):
+    run = pipeline(tmp_path / "run", alpha=0.3, temperature=4.0, log_every=5)
+    metrics = run.execute().metrics
+    log = (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
+    assert log.count("objective: 0.30 · CE + 0.70 · T² · KL(teacher ‖ student), T = 4\n") == 1
+    assert "20 steps of 4 rows" in log
+    assert re.findall(r"step (\d+) of 20: loss", log) == ["1", "5", "10", "15", "20"]
+    assert re.findall(r"step (\d+): held-out loss", log) == ["10", "20"]
+    assert f"held-out loss {metrics['initial_loss']:.6g} -> {metrics['final_loss']:.6g}" in log
+
+
+def test_logging_is_left_as_it_was(tmp_path):
+    logger = logging.getLogger("kdcore")
+    before = list(logger.handlers), logger.level
+    pipeline(tmp_path / "run", max_steps=2).execute()
+    with pytest.raises(InterruptedError):
+        pipeline(tmp_path / "crash", callbacks=[CrashAt(1)]).execute()
+    assert (logger.handlers, logger.level) == before
+
+
+def test_metrics_file_holds_the_metrics(tmp_path):
+    result = pipeline(tmp_path / "run").execute()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8")) == result.metrics
+
+
+@pytest.mark.parametrize("progress", [True, False, None])
+def test_progress_goes_to_standard_error(progress, tmp_path, capsys):
+    pipeline(tmp_path / "run", progress=progress).execute()
+    out, err = capsys.readouterr()
+    assert out == ""
+    if progress:
+        assert "objective: 0.50 · CE + 0.50 · T² · KL(teacher ‖ student), T = 2" in err
+        assert "20/20" in err
+    else:  # standard error is no terminal here
+        assert err == ""
+
+
+# --- callbacks ------------------------------------------------------------------------------------------------------
+
+
+def test_ft_observ_001_004_hooks_once_and_in_order(tmp_path):
+    journal = Journal()
+    pipeline(tmp_path / "run", batches=arrays(rows=15), callbacks=[journal], checkpoint_every=2).execute()
+    step = lambda n: [("begin", n - 1), ("end", n)]  # noqa: E731
+    assert journal.events == [
+        *step(1), *step(2), ("checkpoint", "step-0000000002"), *step(3), ("epoch", 1),
+        *step(4), ("checkpoint", "step-0000000004"), *step(5), *step(6), ("epoch", 2),
+        ("checkpoint", "step-0000000006"),
+    ]  # fmt: skip
+
+
+def test_ft_observ_001_a_pass_of_1000_rows_is_250_steps_of_4(tmp_path):
+    journal = Journal()
+    pipeline(tmp_path / "run", batches=SyntheticBatchSource(4), epochs=1, callbacks=[journal]).execute()
+    assert journal.of("end") == list(range(1, 251))
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_hooks_see_the_last_validation(every, tmp_path):
+    seen = []
+
+    class Look(Callback):
+        def on_step_end(self, state):
+            seen.append(dict(state.metrics))
+
+        def on_epoch_end(self, state):
+            assert state.metrics == seen[-1]
+            at_epochs.append(held_out_answer(state.student, held_out, Bigram()).loss)
+
+        def on_checkpoint(self, state, path):
+            assert state.metrics["loss"] == pytest.approx(
+                float(held_out_answer(state.student, held_out, Bigram()).loss)
+            )
+            checkpoints.append(state.step)
+
+    at_epochs, checkpoints = [], []
+    batches = arrays(rows=15)
+    held_out = batches.held_out()
+    run = pipeline(tmp_path / "run", batches=batches, callbacks=[Look()], validate_every=every)
+    metrics = run.execute().metrics
+    changes = [
+        i + 1 for i, (a, b) in enumerate(pairwise([{"loss": metrics["initial_loss"]}, *seen])) if a["loss"] != b["loss"]
+    ]
+    assert changes == [step for step in range(1, 7) if step % every == 0]
+    assert checkpoints == [6]
+    assert len(at_epochs) == 2
+
+
+def test_without_validate_every_each_pass_ends_with_its_validation(tmp_path):
+    batches = arrays(rows=15)
+    held_out, losses = batches.held_out(), []
+
+    class Look(Callback):
+        def on_epoch_end(self, state):
+            losses.append((state.metrics["loss"], float(held_out_answer(state.student, held_out, Bigram()).loss)))
+
+    pipeline(tmp_path / "run", batches=batches, callbacks=[Look()], epochs=3).execute()
+    assert len(losses) == 3  # the last pass included
+    for reported, actual in losses:
+        assert reported == pytest.approx(actual, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("hook", "count", "steps"),
+    [("on_step_begin", 3, 3), ("on_step_end", 3, 3), ("on_epoch_end", 1, 10), ("on_checkpoint", 2, 8)],
+)
+def test_ft_observ_stop_ends_the_run_within_a_step(hook, count, steps, tmp_path):
+    journal = Journal()
+    run = pipeline(tmp_path / "run", callbacks=[StopAt(hook, count), journal], checkpoint_every=4)
+    result = run.execute()
+    assert journal.of("end") == list(range(1, steps + 1))
+    assert (result.metrics["steps"], result.metrics["stop_reason"]) == (steps, "enough")
+    assert journal.of("checkpoint")[-1] == f"step-{steps:010d}"
+    assert f"stopped after step {steps}: enough" in (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
+    loaded = LogitStudent.load(result.output_path)
+    answer = held_out_answer(loaded, arrays().held_out(), Bigram())
+    assert result.metrics["final_loss"] == pytest.approx(float(answer.loss), rel=1e-6)
+
+
+def test_d17_a_hook_may_look_through_the_student_without_harm(tmp_path):
+    class Curious(Callback):
+        def look(self, state, *_):
+            state.student.logits_for_batch([[1], [2], [3]])
+
+        on_step_begin = on_step_end = on_epoch_end = on_checkpoint = look
+
+    plain = pipeline(tmp_path / "plain", checkpoint_every=3, validate_every=2).execute()
+    looked = pipeline(tmp_path / "looked", checkpoint_every=5, validate_every=1, callbacks=[Curious()]).execute()
+    same_student(plain.output_path, looked.output_path)
+    assert plain.metrics["final_loss"] == looked.metrics["final_loss"]
+
+
+def test_d1_every_gradient_is_applied_to_its_own_forward(tmp_path):
+    class Watched(LogitStudent):
+        def logits_for_batch(self, input_ids):
+            if self is student:  # and not its copy, loaded from a checkpoint
+                forwards.append(np.array(input_ids))
+            return super().logits_for_batch(input_ids)
+
+        def apply_kd_gradient(self, gradient, denominator=None):
+            applied.append(forwards[-1])
+            super().apply_kd_gradient(gradient, denominator)
+
+    forwards, applied = [], []
+    student = Watched(V, context=1)
+    run = pipeline(tmp_path / "run", student=student, validate_every=1, checkpoint_every=1)
+    run.execute()
+    source = arrays()
+    source.reset()
+    for ids in applied[:10]:
+        np.testing.assert_array_equal(ids, source.next_batch(4).input_ids)
+    assert len(applied) == 20
+
+
+# --- how long -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 9, 10, 11, 20])
+def test_ft_smoke_max_steps_is_exact(steps, tmp_path):
+    journal = Journal()
+    metrics = pipeline(tmp_path / "run", callbacks=[journal], max_steps=steps).execute().metrics
+    assert metrics["steps"] == steps
+    assert journal.of("end") == list(range(1, steps + 1))
+    assert metrics["epochs"] == steps // 10
+
+
+def test_ft_smoke_max_steps_does_not_lengthen_a_run(tmp_path):
+    assert pipeline(tmp_path / "run", max_steps=1000).execute().metrics["steps"] == 20
+
+
+def test_ft_smoke_004_zero_steps_are_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="max_steps must be an integer of at least 1, got 0"):
+        pipeline(tmp_path / "run", max_steps=0)
+
+    class Nothing(SyntheticBatchSource):
+        def batches_per_epoch(self, batch_size):
+            return 0
+
+    with pytest.raises(ConfigError, match="the batch source has 0 batches in a pass: there is nothing to train on"):
+        pipeline(tmp_path / "run", batches=Nothing(4)).execute()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_source_that_has_been_used_starts_a_pass_of_its_own(tmp_path):
+    source = SyntheticBatchSource(V, rows_per_epoch=20)
+    source.next_batch(4)  # a look at the data
+    assert pipeline(tmp_path / "a", batches=source, epochs=2, max_steps=7).execute().metrics["steps"] == 7
+    result = pipeline(tmp_path / "b", batches=source, epochs=2).execute()
+    fresh = pipeline(tmp_path / "c", batches=SyntheticBatchSource(V, rows_per_epoch=20), epochs=2).execute()
+    assert lasting(result.metrics) == lasting(fresh.metrics)
+
+
+# --- guards ---------------------------------------------------------------------------------------------------------
+
+
+def test_d6_nothing_stands_in_for_a_teacher_student_or_source(tmp_path):
+    config = DistillConfig(output_dir=str(tmp_path / "run"))
+    parts = {"teacher": Bigram(), "student": LogitStudent(V), "batches": arrays()}
+    for missing in parts:
+        rest = {name: part for name, part in parts.items() if name != missing}
+        with pytest.raises(TypeError, match=missing):
+            Pipeline(config, **rest)
+        with pytest.raises(ConfigError, match=f"{missing} must be a .*, got None"):
+            Pipeline(config, **{**rest, missing: None})
+    with pytest.raises(ConfigError, match="config must be a DistillConfig, got {}"):
+        Pipeline({}, **parts)
+    with pytest.raises(ConfigError, match="student must be a StudentLogitsProvider"):
+        Pipeline(config, **{**parts, "student": Bigram()})  # a teacher learns nothing
+
+
+def test_d13_a_student_that_agrees_with_its_teacher_is_refused(tmp_path):
+    first = pipeline(tmp_path / "first", student=momentum_student()).execute()
+    run = pipeline(
+        tmp_path / "run", teacher=LinearStudent.load(first.output_path), student=LinearStudent.load(first.output_path)
+    )
+    sentence = (
+        r"teacher and student agree before the first step \(mean held-out KL .* nats\): there is nothing to distil"
+    )
+    with pytest.raises(DegenerateTeacherError, match=sentence):
+        run.execute()
+    assert names(tmp_path / "run") == ["run.log"]  # nothing that looks like a result
+
+
+def test_d13_the_guard_gives_way_on_request_and_without_a_teacher(tmp_path):
+    same = LogitStudent(V, 1.5)
+    for name, values in (("asked", {"allow_degenerate": True}), ("ce", {"alpha": 1.0})):
+        metrics = pipeline(tmp_path / name, teacher=same, max_steps=2, **values).execute().metrics
+        assert metrics["steps"] == 2
+    # A student that is nearly its teacher, but not quite, has something to learn.
+    almost = LogitStudent(V, context=1)
+    almost.logits_for_batch([[token] for token in range(V)])
+    almost.apply_kd_gradient(-0.05 * np.random.default_rng(0).normal(size=(V, V)), denominator=0.1)
+    assert pipeline(tmp_path / "near", teacher=almost, max_steps=1).execute().metrics["steps"] == 1
+
+
+@pytest.mark.parametrize("classes", [V - 1, V + 2])
+def test_d14_vocabularies_that_differ_are_an_error(classes, tmp_path):
+    with pytest.raises(VocabularyMismatchError, match=f"the teacher has {classes} classes and the student 8"):
+        pipeline(tmp_path / "run", teacher=Bigram(classes))
+
+
+def test_d14_truncation_is_before_the_softmax_and_the_lost_mass_is_reported(tmp_path):
+    wide, batches = Bigram(V + 3), arrays()
+    run = pipeline(tmp_path / "run", teacher=wide, batches=batches, vocabulary="truncate", max_steps=1, alpha=0.0)
+    metrics = run.execute().metrics
+    held_out = batches.held_out()
+    tokens = held_out.input_ids[:, -1]
+    answer = oracle.kd(np.zeros((len(tokens), V)), wide.table[tokens, :V], held_out.labels, 2.0, 0.0)
+    assert metrics["initial_loss"] == pytest.approx(float(answer.loss), rel=1e-6)
+
+    # Every row the teacher was asked for: both validations and the batch of the one step.
+    source = arrays()
+    source.reset()
+    asked = np.concatenate([tokens, tokens, source.next_batch(4).input_ids[:, -1]])
+    lost = oracle.softmax(wide.table[asked])[:, V:].sum(axis=1)
+    assert metrics["discarded_teacher_mass"] == pytest.approx(float(lost.mean()), rel=1e-5)
+    assert metrics["discarded_teacher_mass"] > 0.05
+
+
+def test_d14_truncation_per_position_leaves_padding_out_of_the_account():
+    class Ragged(Bigram):
+        def logits_per_position(self, input_ids):
+            lengths = np.array([len(row) for row in input_ids])
+            mask = np.arange(lengths.max()) < lengths[:, None]
+            logits = np.full((*mask.shape, self.vocab_size), np.nan, np.float32)
+            logits[mask] = self.table[np.concatenate(input_ids)]
+            return logits, mask
+
+    teacher = TruncatingTeacher(Ragged(V + 3), V)
+    assert teacher.discarded_mass == 0.0
+    logits, mask = teacher.logits_per_position([[1, 2], [3]])
+    assert logits.shape == (2, 2, V)
+    assert mask.tolist() == [[True, True], [True, False]]
+    expected = oracle.softmax(Bigram(V + 3).table[[1, 2, 3]])[:, V:].sum(axis=1).mean()
+    assert teacher.discarded_mass == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_cut_tail_that_the_teacher_rules_out_costs_nothing():
+    class Padded(Bigram):
+        def logits_for_batch(self, input_ids):
+            logits = super().logits_for_batch(input_ids).copy()
+            logits[:, V:] = -np.inf
+            return logits
+
+    teacher = TruncatingTeacher(Padded(V + 3), V)
+    teacher.logits_for_batch([[1], [2]])
+    assert teacher.discarded_mass == 0.0
+
+
+def test_d14_a_teacher_of_equal_size_is_not_wrapped(tmp_path):
+    teacher = Bigram()
+    run = pipeline(tmp_path / "run", teacher=teacher, vocabulary="truncate", max_steps=1)
+    assert run.teacher is teacher
+    assert "discarded_teacher_mass" not in run.execute().metrics
+
+
+@pytest.mark.parametrize("method", ["logits_for_batch", "logits_per_position"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize("which", ["teacher", "student"])
+@pytest.mark.parametrize("change", [lambda x: x[:-1], lambda x: np.concatenate([x, x[:1]])], ids=["less", "more"])
+def test_d15_rows_are_counted_on_both_sides(method, alpha, which, change, tmp_path):
+    class WrongTeacher(Bigram):
+        pass
+
+    class WrongStudent(LogitStudent):
+        pass
+
+    def wrong(self, input_ids):
+        result = getattr(super(type(self), self), method)(input_ids)
+        return change(result) if method == "logits_for_batch" else tuple(change(part) for part in result)
+
+    setattr({"teacher": WrongTeacher, "student": WrongStudent}[which], method, wrong)
+    per_position = method == "logits_per_position"
+    parts = {"teacher": WrongTeacher()} if which == "teacher" else {"student": WrongStudent(V, context=1)}
+    with pytest.raises(ShapeError, match=r"must return logits|positions in the held-out rows"):
+        pipeline(
+            tmp_path / "run", alpha=alpha, per_position=per_position, batches=arrays(per_position=per_position), **parts
+        ).execute()
+
+
+def test_d15_a_student_that_goes_wrong_after_the_first_validation(tmp_path):
+    class Tiring(LogitStudent):
+        forwards = 0
+
+        def logits_for_batch(self, input_ids):
+            self.forwards += 1
+            logits = super().logits_for_batch(input_ids)
+            return np.concatenate([logits, logits]) if self.forwards == 4 else logits  # the first step's forward
+
+    with pytest.raises(ShapeError, match="the student must return logits for the 4 rows of the batch, got 8"):
+        pipeline(tmp_path / "run", student=Tiring(V, context=1)).execute()
+
+
+def test_labels_must_have_the_form_of_the_run(tmp_path):
+    with pytest.raises(ConfigError, match=r"per_position=True needs labels with 2 dimension\(s\)"):
+        pipeline(tmp_path / "run", per_position=True).execute()
+    with pytest.raises(ConfigError, match=r"per_position=False needs labels with 1 dimension\(s\)"):
+        pipeline(tmp_path / "run", batches=arrays(per_position=True)).execute()
+    assert not (tmp_path / "run").exists()
+
+
+def test_d2_labels_of_other_positions_are_refused(tmp_path):
+    held_out = Batch(np.zeros((2, 3), int), np.zeros((2, 2), int))
+    with pytest.raises(ShapeError, match=r"labels must have shape \(2, 3\) like input_ids, got \(2, 2\)"):
+        pipeline(tmp_path / "run", batches=arrays(per_position=True, held_out=held_out), per_position=True).execute()
+
+
+@pytest.mark.parametrize(
+    ("held_out", "sentence"),
+    [
+        (Batch(np.zeros((0, 1), int), np.zeros(0, int)), "the batch source holds out no rows"),
+        (Batch(np.zeros((2, 1), int), np.full(2, -100)), "every held-out row is masked"),
+    ],
+)
+def test_validation_needs_rows(held_out, sentence, tmp_path):
+    with pytest.raises(ShapeError, match=sentence):
+        pipeline(tmp_path / "run", batches=arrays(held_out=held_out)).execute()
+
+
+def test_d7_losses_that_are_not_finite_end_the_run(tmp_path):
+    class RulesOut(Bigram):
+        def logits_for_batch(self, input_ids):
+            logits = super().logits_for_batch(input_ids).copy()
+            logits[:, 0] = -np.inf
+            return logits
+
+    with pytest.raises(NonFiniteError, match="the held-out loss is inf: .* with reverse_kl, the teacher rules out"):
+        pipeline(tmp_path / "a", teacher=RulesOut(), divergence="reverse_kl").execute()
+    assert (
+        pipeline(tmp_path / "b", teacher=RulesOut(), max_steps=2).execute().metrics["steps"] == 2
+    )  # forward KL is finite
+
+    class Nan(Bigram):
+        def logits_for_batch(self, input_ids):
+            return super().logits_for_batch(input_ids) * np.float32(np.nan)
+
+    with pytest.raises(NonFiniteError, match=r"teacher_logits\[0, 0\] is nan"):
+        pipeline(tmp_path / "c", teacher=Nan()).execute()
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_hold_the_student_of_their_step(tmp_path):
+    class Keep(Callback):
+        def on_checkpoint(self, state, path):
+            every = [[token] for token in range(V)]
+            kept[state.step] = path
+            np.testing.assert_array_equal(
+                LinearStudent.load(path / "student.h5").logits_for_batch(every), state.student.logits_for_batch(every)
+            )
+
+    kept = {}
+    run = pipeline(
+        tmp_path / "run", student=momentum_student(), callbacks=[Keep()], checkpoint_every=6, keep_checkpoints=10
+    )
+    result = run.execute()
+    assert sorted(kept) == [6, 12, 18, 20]
+    assert names(tmp_path / "run") == ["checkpoints", "metrics.json", "run.log", "student.h5"]
+    assert names(tmp_path / "run" / "checkpoints") == [f"step-{step:010d}" for step in (6, 12, 18, 20)]
+    same_student(result.output_path, kept[20] / "student.h5")
+    with pytest.raises(AssertionError):
+        same_student(result.output_path, kept[18] / "student.h5")
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_only_the_newest_checkpoints_stay(keep, tmp_path):
+    pipeline(tmp_path / "run", checkpoint_every=2, keep_checkpoints=keep).execute()
+    assert names(tmp_path / "run" / "checkpoints") == [f"step-{step:010d}" for step in (16, 18, 20)[-keep:]]
+
+
+def broken(name, **methods):
+    return type(name, (LogitStudent,), methods)(V, context=1, learning_rate=1.0)
+
+
+def test_d5_a_student_that_saves_nothing_is_no_success(tmp_path):
+    student = broken("Forgetful", save_checkpoint=lambda self, path: None)
+    with pytest.raises(CheckpointError, match="the student's save_checkpoint wrote nothing"):
+        pipeline(tmp_path / "run", student=student).execute()
+    assert not (tmp_path / "run" / "student.h5").exists()
+    assert not [name for name in names(tmp_path / "run" / "checkpoints") if not name.endswith(".part")]
+
+
+@pytest.mark.parametrize(
+    ("load", "sentence"),
+    [
+        (classmethod(lambda cls, path: LogitStudent(V, context=1)), "gives other logits than the one saved"),
+        (classmethod(lambda cls, path: LogitStudent(V + 1, context=1)), "gives other logits than the one saved"),
+        (classmethod(lambda cls, path: None), "load returned None, which is no student"),
+    ],
+)
+def test_d5_d10_a_checkpoint_that_is_not_the_student_is_no_success(load, sentence, tmp_path):
+    with pytest.raises(CheckpointError, match=sentence):
+        pipeline(tmp_path / "run", student=broken("Other", load=load)).execute()
+    assert not (tmp_path / "run" / "student.h5").exists()
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert not [name for name in names(tmp_path / "run" / "checkpoints") if not name.endswith(".part")]
+
+
+def test_d5_a_failed_save_stops_the_run_and_leaves_no_half_checkpoint(tmp_path):
+    class Full(LogitStudent):
+        saves = 0
+
+        def save_checkpoint(self, path):
+            Full.saves += 1
+            if Full.saves == 3:
+                Path(path).write_bytes(b"half")
+                raise OSError(28, "No space left on device")
+            super().save_checkpoint(path)
+
+    def run(name):
+        return pipeline(tmp_path / name, student=Full(V, context=1, learning_rate=1.0), checkpoint_every=4)
+
+    journal = Journal()
+    first = run("run")
+    first.callbacks.append(journal)
+    with pytest.raises(OSError, match="No space left"):
+        first.execute()
+    assert journal.of("end")[-1] == 12
+    finished = [name for name in names(tmp_path / "run" / "checkpoints") if not name.endswith(".part")]
+    assert finished == ["step-0000000004", "step-0000000008"]
+    assert not (tmp_path / "run" / "student.h5").exists()
+
+    resumed, straight = run("run").execute(resume=True), run("straight").execute()
+    same_student(resumed.output_path, straight.output_path)
+    assert lasting(resumed.metrics) == lasting(straight.metrics)
+    assert names(tmp_path / "run" / "checkpoints") == names(tmp_path / "straight" / "checkpoints")
+
+
+# --- resume ---------------------------------------------------------------------------------------------------------
+
+
+def build(directory, callbacks=(), teacher=None, student=None):
+    """The run that is killed, resumed and repeated: momentum, shuffling, two forms of validation, checkpoints."""
+    return pipeline(
+        directory,
+        teacher=teacher,
+        student=momentum_student() if student is None else student,
+        callbacks=callbacks,
+        checkpoint_every=7,
+        validate_every=3,
+        epochs=3,
+    )
+
+
+class KilledTeacher(Bigram):
+    """Ends its process while step 18 waits for its logits."""
+
+    calls = 0
+
+    def logits_for_batch(self, input_ids):
+        self.calls += len(input_ids) == 4  # a training batch: the held-out rows are asked for in one piece
+        if self.calls == 18:
+            signal.raise_signal(signal.SIGKILL)
+        return super().logits_for_batch(input_ids)
+
+
+class KilledStudent(LinearStudent):
+    """Ends its process in the middle of its third checkpoint."""
+
+    saves = 0
+
+    def save_checkpoint(self, path):
+        type(self).saves += 1
+        super().save_checkpoint(path)
+        if type(self).saves == 3:
+            signal.raise_signal(signal.SIGKILL)
+
+
+def killed_run(directory, by):
+    if by == "teacher":
+        build(directory, teacher=KilledTeacher()).execute()
+    else:
+        student = KilledStudent(V, V, learning_rate=0.3, momentum=0.9)
+        # The checkpoints of this class are those of its parent, which resumes them.
+        student.__class__.__name__ = "LinearStudent"
+        build(directory, student=student).execute()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("straight") / "run").execute()
+
+
+@pytest.mark.parametrize("by", ["teacher", "student"])
+def test_a_killed_run_goes_on_bit_for_bit(by, tmp_path, uninterrupted):
+    call = "import sys; sys.path.insert(0, sys.argv[1]); import test_pipeline; test_pipeline.killed_run(*sys.argv[2:])"
+    command = [sys.executable, "-c", call, str(Path(__file__).parent), str(tmp_path / "run"), by]
+    child = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    found = names(tmp_path / "run" / "checkpoints")
+    assert found == ["step-0000000007", "step-0000000014"] + (["step-0000000021.part"] if by == "student" else [])
+    assert names(tmp_path / "run") == ["checkpoints", "run.log"]
+
+    resumed = build(tmp_path / "run").execute(resume=True)
+    same_student(resumed.output_path, uninterrupted.output_path)
+    assert lasting(resumed.metrics) == lasting(uninterrupted.metrics)
+    every = [[token] for token in range(V)]
+    ours, theirs = (LinearStudent.load(r.output_path).logits_for_batch(every) for r in (resumed, uninterrupted))
+    np.testing.assert_array_equal(ours, theirs)
+    log = (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
+    assert "resumed at step 14 of 30" in log
+    assert log.count("objective: ") == 2
+
+
+@pytest.mark.parametrize("crash", [7, 8, 10, 20, 21, 29, 30])
+def test_a_crash_at_any_step_can_be_resumed(crash, tmp_path, uninterrupted):
+    with pytest.raises(InterruptedError):
+        build(tmp_path / "run", [CrashAt(crash)]).execute()
+    if crash == 7:  # the hook comes before the first checkpoint: there is nothing to go on from
+        with pytest.raises(ConfigError, match="holds no checkpoint to resume from"):
+            build(tmp_path / "run").execute(resume=True)
+        resumed = build(tmp_path / "run").execute()
+    else:
+        resumed = build(tmp_path / "run").execute(resume=True)
+    same_student(resumed.output_path, uninterrupted.output_path)
+    assert lasting(resumed.metrics) == lasting(uninterrupted.metrics)
+
+
+def test_a_resumed_run_tells_its_callbacks_what_the_first_would_have(tmp_path):
+    class States(Journal):
+        def on_step_begin(self, state):
+            self.events.append(("state", (state.step, state.epoch, state.loss, dict(state.metrics))))
+
+    straight, before, after = States(), States(), States()
+    build(tmp_path / "straight", [straight]).execute()
+    with pytest.raises(InterruptedError):
+        build(tmp_path / "run", [before, CrashAt(15)]).execute()
+    resumed = build(tmp_path / "run", [after])
+    resumed.execute(resume=True)
+    assert before.of("state") == straight.of("state")[:15]
+    assert after.of("state") == straight.of("state")[14:]
+    assert after.of("epoch") == [2, 3]
+
+
+def test_a_run_can_be_made_longer(tmp_path):
+    def run(name, epochs, **arguments):
+        made = pipeline(tmp_path / name, student=momentum_student(), epochs=epochs)
+        return made.execute(**arguments)
+
+    short = run("run", 1)
+    assert short.metrics["steps"] == 10
+    longer, straight = run("run", 3, resume=True), run("straight", 3)
+    same_student(longer.output_path, straight.output_path)
+    assert lasting(longer.metrics) == lasting(straight.metrics)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["steps"] == 30
+
+
+def test_resuming_a_finished_run_does_nothing_and_says_the_same(tmp_path):
+    first = build(tmp_path / "run").execute()
+    journal = Journal()
+    again = build(tmp_path / "run", [journal]).execute(resume=True)
+    assert journal.events == []
+    assert lasting(again.metrics) == lasting(first.metrics)
+    assert again.output_path == first.output_path
+
+
+def test_a_stopped_run_can_be_resumed(tmp_path, uninterrupted):
+    stopped = build(tmp_path / "run", [StopAt("on_step_end", 12)]).execute()  # a step with a validation
+    assert stopped.metrics["stop_reason"] == "enough"
+    resumed = build(tmp_path / "run").execute(resume=True)
+    same_student(resumed.output_path, uninterrupted.output_path)
+    assert lasting(resumed.metrics) == lasting(uninterrupted.metrics)
+
+
+def test_the_resumed_student_is_the_pipelines(tmp_path):
+    with pytest.raises(InterruptedError):
+        build(tmp_path / "run", [CrashAt(15)]).execute()
+    resumed = build(tmp_path / "run")
+    result = resumed.execute(resume=True)
+    every = [[token] for token in range(V)]
+    np.testing.assert_array_equal(
+        resumed.student.logits_for_batch(every), LinearStudent.load(result.output_path).logits_for_batch(every)
+    )
+
+
+def test_the_account_of_truncation_is_resumed(tmp_path):
+    def run(name, callbacks=()):
+        return pipeline(
+            tmp_path / name, teacher=Bigram(V + 3), vocabulary="truncate", checkpoint_every=4, callbacks=callbacks
+        )
+
+    straight = run("straight").execute()
+    with pytest.raises(InterruptedError):
+        run("run", [CrashAt(11)]).execute()
+    assert lasting(run("run").execute(resume=True).metrics) == lasting(straight.metrics)
+
+
+def test_a_run_does_not_write_over_another(tmp_path):
+    first = pipeline(tmp_path / "run").execute()
+    content = first.output_path.read_bytes()
+    with pytest.raises(
+        ConfigError, match=r"output_dir='.*run' already holds a run: resume it with execute\(resume=True\)"
+    ):
+        pipeline(tmp_path / "run", student=LogitStudent(V)).execute()
+    assert first.output_path.read_bytes() == content
+    with pytest.raises(ConfigError, match=r"output_dir='.*none' holds no checkpoint to resume from"):
+        pipeline(tmp_path / "none").execute(resume=True)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"alpha": 0.25}, "alpha was 0.5 and is 0.25"),
+        ({"temperature": 3.0}, "temperature was 2.0 and is 3.0"),
+        ({"batch_size": 5}, "batch_size was 4 and is 5"),
+        ({"divergence": "reverse_kl"}, "divergence was 'forward_kl' and is 'reverse_kl'"),
+        ({"student": momentum_student()}, "student was 'LogitStudent' and is 'LinearStudent'"),
+        ({"batches": arrays(seed=9)}, "held_out_labels was '[0-9a-f]{16}' and is '[0-9a-f]{16}'"),
+    ],
+)
+def test_a_resumed_run_is_the_same_run(change, sentence, tmp_path):
+    pipeline(tmp_path / "run", max_steps=3).execute()
+    with pytest.raises(ConfigError, match=f"belongs to another configuration: {sentence}"):
+        pipeline(tmp_path / "run", **change).execute(resume=True)
+
+
+def test_a_resumed_run_has_the_same_order_of_rows(tmp_path):
+    pipeline(tmp_path / "run", max_steps=3).execute()
+    with pytest.raises(ConfigError, match="a batch source with seed 3 does not fit one with 4"):
+        pipeline(tmp_path / "run", batches=arrays(shuffle=4)).execute(resume=True)
+
+
+def damage(path, how):
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-40])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "list":
+        path.write_text("[]", encoding="utf-8")
+    elif how == "fields":
+        path.write_text('{"config": {}}', encoding="utf-8")
+    elif how == "other bytes":
+        path.write_bytes(b"\xff\xfe\x00")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("student.h5", how) for how in ("missing", "cut", "empty")]
+    + [("state.json", how) for how in ("missing", "cut", "empty", "list", "fields", "other bytes")],
+)
+def test_damaged_checkpoints_are_named(name, how, tmp_path):
+    pipeline(tmp_path / "run", max_steps=3).execute()
+    damage(tmp_path / "run" / "checkpoints" / "step-0000000003" / name, how)
+    with pytest.raises((CheckpointError, ConfigError), match="step-0000000003"):
+        pipeline(tmp_path / "run").execute(resume=True)
+
+
+# --- teachers from files --------------------------------------------------------------------------------------------
+
+
+def shards(directory):
+    directory.mkdir()
+    rng = np.random.default_rng(4)
+    parts = [rng.integers(V, size=size).astype("<u4") for size in (95, 40)]
+    for number, tokens in enumerate(parts):
+        tokens.tofile(directory / f"{number}.bin")
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("per_position", [False, True])
+@pytest.mark.parametrize("address", ["row", "content"])
+def test_a_run_with_stored_logits_is_the_run_with_their_teacher(address, per_position, tmp_path):
+    tokens = shards(tmp_path / "shards")
+    teacher, path = Bigram(), tmp_path / "teacher.h5"
+    arguments = {"per_position": per_position, "vocab_size": V, "seed": 2}
+    if address == "row":
+        save_teacher_logits(path, teacher.table[tokens])
+        batches = ShardBatchSource(tmp_path / "shards", 3, teacher_rows=True, **arguments)
+    else:
+        contents = [list(c) for n in (1, 2, 3) for c in np.ndindex(*[V] * n)]
+        save_teacher_logits(path, teacher.logits_for_batch(contents), contents)
+        batches = ShardBatchSource(tmp_path / "shards", 3, **arguments)
+    with HDF5Teacher(path, address=address) as stored:
+        from_file = pipeline(tmp_path / "file", teacher=stored, batches=batches, per_position=per_position).execute()
+    direct = pipeline(
+        tmp_path / "direct",
+        teacher=teacher,
+        batches=ShardBatchSource(tmp_path / "shards", 3, **arguments),
+        per_position=per_position,
+    ).execute()
+    same_student(from_file.output_path, direct.output_path)
+    assert lasting(from_file.metrics) == lasting(direct.metrics)
+    assert direct.metrics["final_kl"] < 0.9 * direct.metrics["initial_kl"]
+
+
+def test_float16_logits_distil_nearly_as_well(tmp_path):
+    tokens = shards(tmp_path / "shards")
+    save_teacher_logits(tmp_path / "teacher.h5", Bigram().table[tokens], dtype=np.float16)
+
+    def source(**arguments):
+        return ShardBatchSource(tmp_path / "shards", 3, seed=2, **arguments)
+
+    with HDF5Teacher(tmp_path / "teacher.h5") as stored:
+        half = pipeline(tmp_path / "half", teacher=stored, batches=source(teacher_rows=True)).execute().metrics
+    full = pipeline(tmp_path / "full", batches=source()).execute().metrics
+    assert half["final_loss"] == pytest.approx(full["final_loss"], rel=1e-3)
+    assert half["final_loss"] != full["final_loss"]
+
+
+def test_stored_logits_that_are_too_few_end_the_run_with_their_row(tmp_path):
+    tokens = shards(tmp_path / "shards")
+    save_teacher_logits(tmp_path / "teacher.h5", Bigram().table[tokens[:50]])
+    batches = ShardBatchSource(tmp_path / "shards", 3, teacher_rows=True)
+    with (
+        HDF5Teacher(tmp_path / "teacher.h5") as stored,
+        pytest.raises(KeyError, match="has 50 rows, and none with the number"),
+    ):
+        pipeline(tmp_path / "run", teacher=stored, batches=batches).execute()
+    assert not (tmp_path / "run" / "student.h5").exists()
