@@ -441,7 +441,6 @@ class Pipeline:
         }  # fmt: skip
         config = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in free}
         return config | {
-            "teacher": type(self.teacher).__name__,
             "student": type(self.student).__name__,
             "vocab_size": self.student.vocab_size,
             "held_out_labels": _digest(held_out.labels),
