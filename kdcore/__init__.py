@@ -94,6 +94,7 @@ if TYPE_CHECKING:  # the same names as below, for type checkers
     )
     from kdcore.teachers.mlp import (
         MLPTeacher as MLPTeacher,
+        save_mlp as save_mlp,
     )
     from kdcore.teachers.truncating import (
         TruncatingTeacher as TruncatingTeacher,
@@ -113,7 +114,7 @@ _HOME = {
     "kdcore.teachers.cuda": ("CudaTeacher",),
     "kdcore.teachers.fixture": ("FixtureTeacher",),
     "kdcore.teachers.hdf5": ("HDF5Teacher",),
-    "kdcore.teachers.mlp": ("MLPTeacher",),
+    "kdcore.teachers.mlp": ("MLPTeacher", "save_mlp"),
     "kdcore.teachers.truncating": ("TruncatingTeacher",),
     "kdcore.ops": (
         "KDOutput",

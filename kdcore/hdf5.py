@@ -38,7 +38,7 @@ from kdcore.errors import (
 )
 from kdcore.sequences import as_rows, content_key, pad_rows
 
-__all__ = ["Metadata", "SafeFile", "StoredArray", "read_arrays", "save_teacher_logits", "write_arrays"]
+__all__ = ["Metadata", "SafeFile", "StoredArray", "read_arrays", "read_tensors", "save_teacher_logits", "write_arrays"]
 
 Metadata = Mapping[str, str | int | float | bool]
 _Scalar = TypeVar("_Scalar", str, int, float)
@@ -59,7 +59,7 @@ _FILTERS = {
     h5py.h5z.FILTER_LZF: "lzf",
 }
 _LAYOUTS = {h5py.h5d.COMPACT: "compact", h5py.h5d.VIRTUAL: "virtual"}
-_LINKS = {h5py.h5l.TYPE_SOFT: "soft link", h5py.h5l.TYPE_EXTERNAL: "external link"}
+_LINKS = {h5py.h5l.TYPE_SOFT: "a soft link", h5py.h5l.TYPE_EXTERNAL: "an external link"}
 _TYPE_CLASSES = {
     h5py.h5t.INTEGER: "integer",
     h5py.h5t.FLOAT: "float",
@@ -195,8 +195,8 @@ class SafeFile:
             walked = f"{walked}/{part}" if walked else part
             kind = links.get_info(part.encode()).type
             if kind != h5py.h5l.TYPE_HARD:
-                words = _LINKS.get(kind, f"link of type {kind}")
-                raise UnsafeFileError(f"{self.path}: {walked!r} is a {words}; only objects of the file itself are read")
+                words = _LINKS.get(kind, f"a link of type {kind}")
+                raise UnsafeFileError(f"{self.path}: {walked!r} is {words}; only objects of the file itself are read")
             found = found[part]
         return found
 
@@ -272,6 +272,11 @@ class SafeFile:
         if written != chunks:
             raise FileFormatError(f"{where} holds {written} of {chunks} chunks: the rest was never written")
         return shape, dtype, None
+
+    def names(self) -> list[str]:
+        """The names of the objects at the root of the file."""
+        with self._reading(f"{self.path}: '/'") as file:
+            return list(file["/"])
 
     def has(self, name: str) -> bool:
         """Whether there is anything under ``name``."""
@@ -520,6 +525,22 @@ def _read_checkpoint(file: SafeFile) -> tuple[dict[str, NDArray[Any]], dict[str,
     if _checksum(arrays, metadata) != checksum:
         raise FileFormatError(f"{file.path} does not match its checksum {checksum!r}: it was changed or damaged")
     return arrays, metadata
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], dict[str, str | int | float | bool]]:
+    """The float arrays at the root of an HDF5 file by anyone's hand, and its text attribute ``activation``, if any.
+
+    A file that :func:`write_arrays` wrote is read as such, checksum and all. Errors as for :func:`read_arrays`.
+    """
+    try:
+        with SafeFile(path) as file:
+            if file.attribute("/", "format", str) == CHECKPOINT_FORMAT:
+                return _read_checkpoint(file)
+            arrays = {name: file.dataset(name, dtypes=FLOATS).read() for name in file.names()}
+            activation = file.attribute("/", "activation", str)
+    except (FileFormatError, UnsafeFileError, DomainError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
+    return arrays, {} if activation is None else {"activation": activation}
 
 
 def widen_logit_rows(stored: NDArray[Any]) -> NDArray[Any]:

@@ -195,8 +195,8 @@ def nested_deflate(file):
 REFUSED = {
     soft_link: (UnsafeFileError, "'logits' is a soft link"),
     soft_link_in_the_path: (UnsafeFileError, "'group' is a soft link"),
-    external_link: (UnsafeFileError, "'logits' is a external link"),
-    external_link_in_the_path: (UnsafeFileError, "'group' is a external link"),
+    external_link: (UnsafeFileError, "'logits' is an external link"),
+    external_link_in_the_path: (UnsafeFileError, "'group' is an external link"),
     external_storage: (UnsafeFileError, "external storage"),
     virtual_layout: (UnsafeFileError, "virtual layout"),
     compact_layout: (UnsafeFileError, "compact layout"),

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import h5py
 import numpy as np
 import pytest
 
@@ -148,6 +149,22 @@ def test_both_formats_whatever_the_suffix(tmp_path, dtype, prefix):
     expected = forward(x, layers, "relu")
     for name in ("a.safetensors", "a.h5"):
         np.testing.assert_allclose(MLPTeacher(tmp_path / name).logits_for_batch(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_hdf5_by_anyone(tmp_path):
+    layers = layers_of(4, 6, 5)
+    with h5py.File(tmp_path / "mlp.h5", "w") as file:
+        for name, tensor in named(layers).items():
+            file.create_dataset(name, data=tensor, compression="gzip")
+        file.attrs["activation"] = "tanh"
+    x = np.ones((1, 4))
+    got = MLPTeacher(tmp_path / "mlp.h5").logits_for_batch(x)
+    np.testing.assert_allclose(got, forward(x, layers, "tanh"), rtol=1e-5, atol=1e-5)
+    with h5py.File(tmp_path / "mlp.h5", "a") as file:
+        del file["2.bias"]
+        file["2.bias"] = h5py.ExternalLink("other.h5", "/2.bias")
+    with pytest.raises(CheckpointError, match=r"'2\.bias' is an external link"):
+        MLPTeacher(tmp_path / "mlp.h5")
 
 
 def test_layers_are_in_numeric_order(tmp_path):

@@ -22,7 +22,7 @@ from kdcore.errors import (
     ShapeError,
     VocabularyMismatchError,
 )
-from kdcore.hdf5 import read_arrays, write_arrays
+from kdcore.hdf5 import read_tensors, write_arrays
 from kdcore.sequences import as_rows, pad_rows, prefixes
 from kdcore.teachers.base import InputIds
 
@@ -79,8 +79,8 @@ class MLPTeacher:
     Parameters
     ----------
     path
-        A checkpoint, HDF5 as :func:`save_mlp` writes it or safetensors; the file's first bytes tell. Its tensors are
-        named as PyTorch's ``nn.Sequential`` names them, under at most one prefix: ``<prefix><int>.weight`` [out, in]
+        A checkpoint, HDF5 (as :func:`save_mlp` writes it, or float datasets at the root and perhaps a text attribute
+        ``activation``) or safetensors; the file's first bytes tell. Its tensors are named as PyTorch's ``nn.Sequential`` names them, under at most one prefix: ``<prefix><int>.weight`` [out, in]
         and ``<prefix><int>.bias`` [out], applied in numeric order. ``embedding.weight`` [n_tokens, d], if there is
         one, makes the inputs token ids: the first layer then reads the embeddings of the last n = in / d tokens, one
         after another, zeros where a row is shorter (Bengio et al. 2003, "A neural probabilistic language model").
@@ -317,7 +317,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], Any]:
     with open(path, "rb") as file:
         start = file.read(9)
     if start.startswith(_HDF5_SIGNATURE):
-        return read_arrays(path)
+        return read_tensors(path)
     if start[8:] == b"{":  # after the length of the header, in 8 bytes
         return _read_safetensors(path)
     raise CheckpointError(f"{path} is neither HDF5 nor safetensors: it begins with {start!r}")
