@@ -79,12 +79,14 @@ class MLPTeacher:
     Parameters
     ----------
     path
-        A checkpoint, HDF5 (as :func:`save_mlp` writes it, or float datasets at the root and perhaps a text attribute
-        ``activation``) or safetensors; the file's first bytes tell. Its tensors are named as PyTorch's ``nn.Sequential`` names them, under at most one prefix: ``<prefix><int>.weight`` [out, in]
-        and ``<prefix><int>.bias`` [out], applied in numeric order. ``embedding.weight`` [n_tokens, d], if there is
-        one, makes the inputs token ids: the first layer then reads the embeddings of the last n = in / d tokens, one
-        after another, zeros where a row is shorter (Bengio et al. 2003, "A neural probabilistic language model").
-        Without it, a row of ``input_ids`` is the vector [in] of the features. float16, bfloat16, float32 or float64.
+        A checkpoint; the file's first bytes tell its format: HDF5, as :func:`save_mlp` writes it or with float
+        datasets at the root and perhaps a text attribute ``activation``, or safetensors. Its tensors are named as
+        PyTorch's ``nn.Sequential`` names them, under at most one prefix: ``<prefix><int>.weight`` [out, in] and
+        ``<prefix><int>.bias`` [out], applied in numeric order. ``embedding.weight`` [n_tokens, d], if there is one,
+        makes the inputs token ids: the first layer then reads the embeddings of the last n = in / d tokens, one after
+        another, zeros where a row is shorter (Bengio et al. 2003, "A neural probabilistic language model"). Without
+        it, a row of ``input_ids`` is the vector [in] of the features. float16, bfloat16 (safetensors), float32 or
+        float64.
     vocab_size : int, optional
         V, if the width of the last layer is to be checked against it.
     activation : {"relu", "tanh", "gelu"}, optional
