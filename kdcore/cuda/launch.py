@@ -6,8 +6,8 @@ import numpy as np
 
 from kdcore.cuda import kernels
 from kdcore.cuda.memory import row_view
-from kdcore.cuda.primitives import SIMULATOR, THREADS, raw_bits
-from kdcore.cuda.streams import as_stream, stream_handle
+from kdcore.cuda.primitives import SIMULATOR, raw_bits
+from kdcore.cuda.streams import launch, stream_handle
 from kdcore.errors import MissingDependencyError
 from kdcore.objective import needs_float64
 
@@ -19,31 +19,25 @@ def _like(wide):
     return np.float64(0) if wide else np.float32(0)
 
 
-def _launch(kernel, rows, stream, *arguments):
-    """One block a row. CUDA takes no grid without blocks."""
-    if rows > 0:
-        kernel[rows, THREADS, as_stream(stream)](*arguments)
-
-
 def softmax_rows(logits, temperature, out, status, stream):
     """out [B, V] = softmax(logits / T)."""
     like = _like(needs_float64(logits.dtype.name, temperature))
     arguments = raw_bits(logits), float(temperature), like, raw_bits(out), status
-    _launch(kernels.softmax_kernel, logits.shape[0], stream, *arguments)
+    launch(kernels.softmax_kernel, logits.shape[0], stream, *arguments)
 
 
 def log_softmax_rows(logits, temperature, out, status, stream):
     """out [B, V] = log softmax(logits / T)."""
     like = _like(needs_float64(logits.dtype.name, temperature))
     arguments = raw_bits(logits), float(temperature), like, raw_bits(out), status
-    _launch(kernels.log_softmax_kernel, logits.shape[0], stream, *arguments)
+    launch(kernels.log_softmax_kernel, logits.shape[0], stream, *arguments)
 
 
 def logsumexp_rows(logits, temperature, out, status, stream):
     """out [B] = log of the row sums of exp(logits / T)."""
     like = _like(needs_float64(logits.dtype.name, temperature))
     arguments = raw_bits(logits), float(temperature), like, raw_bits(out), status
-    _launch(kernels.logsumexp_kernel, logits.shape[0], stream, *arguments)
+    launch(kernels.logsumexp_kernel, logits.shape[0], stream, *arguments)
 
 
 def kd_rows(student, teacher, labels, weights, denominator, objective, gradient, loss, ce, kl, status, stream):
@@ -71,17 +65,17 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
         kl,
         status,
     )
-    _launch(kernels.KD_KERNELS[objective.divergence], student.shape[0], stream, *arguments)
+    launch(kernels.KD_KERNELS[objective.divergence], student.shape[0], stream, *arguments)
 
 
 def weight_sum(labels, weights, ignore_index, rows, out, stream):
     """out[0] = sum of the weights of the rows that are not masked."""
-    _launch(kernels.weight_sum_kernel, 1, stream, labels, weights, ignore_index, rows, out)
+    launch(kernels.weight_sum_kernel, 1, stream, labels, weights, ignore_index, rows, out)
 
 
 def reduce_rows(rows, out, stream):
     """out[...] = sum of ``rows`` [B]; ``out`` is 0-d."""
-    _launch(kernels.reduce_kernel, 1, stream, rows, row_view(out))
+    launch(kernels.reduce_kernel, 1, stream, rows, row_view(out))
 
 
 class _Unsynchronised:
@@ -109,7 +103,7 @@ def linear(x, weight, bias, activation, out, stream):
     """out [B, M] = activation(x [B, K] @ weight [M, K].T + bias [M])."""
     rows = x.shape[0]
     if SIMULATOR:
-        _launch(kernels.matmul_kernel, rows, stream, x, weight, out)
+        launch(kernels.matmul_kernel, rows, stream, x, weight, out)
     elif rows > 0:
         _matmul(x, weight, out, stream)
-    _launch(kernels.BIAS_KERNELS[activation], rows, stream, bias, out)
+    launch(kernels.BIAS_KERNELS[activation], rows, stream, bias, out)

@@ -118,12 +118,12 @@ def full(shape: Any, dtype: Any, value: Any, stream: Any) -> Any:
     """A device array filled with ``value`` by a kernel on ``stream``. Not for bfloat16."""
     from kdcore.cuda.kernels import fill_kernel
     from kdcore.cuda.primitives import THREADS
-    from kdcore.cuda.streams import as_stream
+    from kdcore.cuda.streams import launch
 
     array = empty(shape, dtype, stream)
     if array.size:
         flat = _view(array, (array.size,), (array.dtype.itemsize,))
-        fill_kernel[-(-array.size // THREADS), THREADS, as_stream(stream)](flat, array.dtype.type(value))
+        launch(fill_kernel, -(-array.size // THREADS), stream, flat, array.dtype.type(value))
     return array
 
 

@@ -1,16 +1,17 @@
-"""What callers pass as a stream, as what Numba and CuPy take."""
+"""What callers pass as a stream, as what Numba and CuPy take; and the launch on it."""
 
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 from numba import cuda
 
-from kdcore.cuda.primitives import SIMULATOR
+from kdcore.cuda.primitives import SIMULATOR, THREADS
 from kdcore.errors import DTypeError
 
-__all__ = ["as_stream", "stream_handle"]
+__all__ = ["as_stream", "launch", "stream_handle"]
 
 
 def stream_handle(stream: Any) -> int:
@@ -44,3 +45,19 @@ def as_stream(stream: Any) -> Any:
         return 0 if stream is None else stream
     handle = stream_handle(stream)
     return 0 if handle == 0 or SIMULATOR else _external(handle)
+
+
+def _configured(kernel: Any, blocks: int, stream: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Grid size")  # a batch is as small as it is
+        return kernel[blocks, THREADS, stream]
+
+
+if not SIMULATOR:  # whose kernels keep their last configuration in themselves
+    _configured = functools.lru_cache(maxsize=512)(_configured)
+
+
+def launch(kernel: Any, blocks: int, stream: Any, *arguments: Any) -> None:
+    """Run ``kernel`` with so many blocks; CUDA takes no grid without any, so none run for 0."""
+    if blocks > 0:
+        _configured(kernel, blocks, as_stream(stream))(*arguments)

@@ -10,16 +10,9 @@ import types
 import pytest
 from numba import cuda
 from numba.core import types as nb
+from numba.cuda import dispatcher
 
 from kdcore.cuda import kernels, primitives, rows
-
-dispatcher = pytest.importorskip("numba.cuda.dispatcher")
-if primitives.SIMULATOR:
-    pytest.skip("the simulator does not compile", allow_module_level=True)
-try:
-    cuda.compile_ptx(lambda: None, (), cc=(8, 0))
-except Exception as error:  # whatever keeps NVVM from working: the reason is shown
-    pytest.skip(f"NVVM does not compile here: {error}", allow_module_level=True)
 
 CAPABILITIES = [(8, 0), (9, 0)]
 STORED = {"float16": nb.float16, "bfloat16": nb.uint16, "float32": nb.float32, "float64": nb.float64}
