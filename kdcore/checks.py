@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kdcore.errors import DomainError, DTypeError
 
-__all__ = ["integer", "number_in", "positive_number", "real_number"]
+__all__ = ["as_int64", "choice", "file_path", "flag", "integer", "number_in", "positive_number", "real_number"]
 
 
 def real_number(value: Any, name: str, expected: str) -> float:
@@ -49,3 +55,36 @@ def integer(value: Any, name: str, *, least: int | None = None) -> int:
     if not -(2**63) <= number < 2**63:
         raise DomainError(f"{name} must be {expected} within 64 bits, got {number}")
     return number
+
+
+def flag(value: Any, name: str) -> bool:
+    """``value`` as a bool; a string or a number is an error, whatever it means elsewhere."""
+    if not isinstance(value, bool | np.bool_):
+        raise DTypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def choice(value: Any, name: str, choices: Iterable[str]) -> str:
+    """``value``, which must be one of ``choices``."""
+    known = list(choices)
+    if not isinstance(value, str) or value not in known:
+        raise DomainError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    return value
+
+
+def file_path(value: Any, name: str) -> Path:
+    """``value`` as a path."""
+    if not isinstance(value, str | PathLike):
+        raise DTypeError(f"{name} must be a path, got {value!r}")
+    if "\0" in str(value):
+        raise DomainError(f"{name} must be a path, got {value!r} with a null byte")
+    return Path(value)
+
+
+def as_int64(array: NDArray[Any], name: str) -> NDArray[np.int64]:
+    """An integer array as int64; what does not fit is an error, not a negative number."""
+    if array.dtype.kind not in "iu":
+        raise DTypeError(f"{name} must be integers, got dtype {array.dtype}")
+    if array.dtype == np.uint64 and array.size and array.max() >= 2**63:
+        raise DomainError(f"{name} must be below 2**63, got {array.max()}")
+    return array.astype(np.int64, copy=False)
