@@ -84,7 +84,7 @@ def _distill(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from kdcore.cuda.memory import available
+    from kdcore.cuda.presence import available
     from kdcore.ops import resolve_threads
 
     print(f"kdcore {__version__}, Python {platform.python_version()} on {platform.machine()} {platform.system()}")

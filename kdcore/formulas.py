@@ -22,6 +22,7 @@ of large T); Kullback & Leibler 1951.
 import math
 
 __all__ = [
+    "ACTIVATIONS",
     "HEADROOM",
     "cross_entropy",
     "divergence_gradient",
@@ -139,3 +140,7 @@ def tanh(x):
 def gelu(x):
     """x Φ(x) with the exact normal distribution function (Hendrycks & Gimpel 2016)."""
     return 0.5 * x * (1.0 + math.erf(x * math.sqrt(0.5)))
+
+
+#: The activations of linear layers, by name.
+ACTIVATIONS = {"identity": identity, "relu": relu, "tanh": tanh, "gelu": gelu}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator
 from importlib import import_module
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -16,7 +17,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from kdcore import rowstatus
-from kdcore.checks import integer, number_in, positive_number
+from kdcore.checks import choice, flag, integer, number_in, positive_number
+from kdcore.cuda import presence
 from kdcore.cuda.presence import owns as on_device
 from kdcore.errors import (
     AliasError,
@@ -29,6 +31,7 @@ from kdcore.errors import (
     ShapeError,
     UndefinedGradientError,
 )
+from kdcore.formulas import ACTIVATIONS
 from kdcore.objective import DIVERGENCES, Objective
 
 __all__ = [
@@ -54,6 +57,8 @@ Reduction = Literal["mean", "sum", "none"]
 _LOGIT_DTYPES = ("float32", "float64", "float16", "bfloat16")
 #: Outside, T² or 1/T is no longer a normal float64.
 _TEMPERATURE_RANGE = (1e-150, 1e150)
+#: Beyond any machine's cores: a larger number is a mistake, and would start as many threads.
+_MOST_THREADS = 1024
 
 
 class KDOutput(NamedTuple):
@@ -91,15 +96,22 @@ class _Engine:
 def resolve_threads(threads: int | None) -> int:
     """The number of CPU threads: ``threads``, else ``KDCORE_NUM_THREADS``, else the CPUs that the process may use."""
     if threads is not None:
-        return integer(threads, "threads", least=1)
+        return _threads(threads, "threads")
     text = os.environ.get("KDCORE_NUM_THREADS")
     if text is None:
         from kdcore.cpu.pool import default_threads
 
         return default_threads()
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise DomainError(f"the environment variable KDCORE_NUM_THREADS must be a positive integer, got {text!r}")
-    return int(text)
+    if not re.fullmatch("[0-9]{1,9}", text.strip()):
+        raise DomainError(f"the environment variable KDCORE_NUM_THREADS must be a positive integer, got {text[:80]!r}")
+    return _threads(int(text), "the environment variable KDCORE_NUM_THREADS")
+
+
+def _threads(value: Any, name: str) -> int:
+    threads = integer(value, name, least=1)
+    if threads > _MOST_THREADS:
+        raise DomainError(f"{name} must be at most {_MOST_THREADS}, got {threads}")
+    return threads
 
 
 def _engine(arrays: dict[str, Any], threads: int | None, stream: Any) -> _Engine:
@@ -123,7 +135,7 @@ def _engine(arrays: dict[str, Any], threads: int | None, stream: Any) -> _Engine
 
 def require_cuda() -> None:
     """Raise :class:`~kdcore.errors.DeviceUnavailableError`, with the reason, unless CUDA can run here."""
-    import_module("kdcore.cuda.memory").require()
+    presence.require()
 
 
 def to_device(array: np.ndarray, stream: Any = None) -> Any:
@@ -152,16 +164,8 @@ def _temperature(value: Any, name: str = "temperature") -> float:
     return number
 
 
-def _flag(value: Any, name: str, *, optional: bool = False) -> bool | None:
-    if isinstance(value, bool | np.bool_) or (optional and value is None):
-        return value if value is None else bool(value)
-    raise DTypeError(f"{name} must be True or False{' or None' if optional else ''}, got {value!r}")
-
-
-def _choice(value: Any, name: str, choices: Sequence[str]) -> str:
-    if not isinstance(value, str) or value not in choices:
-        raise DomainError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return value
+def _optional_flag(value: Any, name: str) -> bool | None:
+    return None if value is None else flag(value, name)
 
 
 def _array(engine: _Engine, obj: Any, name: str) -> Any:
@@ -348,7 +352,7 @@ def _row_operation(
     engine = _engine({"logits": logits, "out": out}, threads, stream)
     array = _logits(engine, logits, "logits")
     temperature = _temperature(temperature)
-    check = _flag(validate, "validate", optional=True)
+    check = _optional_flag(validate, "validate")
     check = engine.name == "cpu" if check is None else check
     lead = tuple(array.shape)[:-1]
     shape = lead if per_row else tuple(array.shape)
@@ -490,19 +494,19 @@ def _kd(
     if teacher_temperature is not None:
         teacher_temperature = _temperature(teacher_temperature, "teacher_temperature")
     objective = Objective(
-        divergence=_choice(divergence, "divergence", DIVERGENCES),
+        divergence=choice(divergence, "divergence", DIVERGENCES),
         temperature=temperature,
         teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
         alpha=number_in(alpha, "alpha", 0, 1),
-        kd_scale=temperature * temperature if _flag(scale_t2, "scale_t2") else 1.0,
+        kd_scale=temperature * temperature if flag(scale_t2, "scale_t2") else 1.0,
         ignore_index=integer(ignore_index, "ignore_index"),
     )
-    reduction = _choice(reduction, "reduction", ("mean", "sum", "none"))
+    reduction = choice(reduction, "reduction", ("mean", "sum", "none"))
     if denominator is not None:
         denominator = positive_number(denominator, "denominator")
         if reduction != "mean":
             raise DomainError(f'denominator={denominator} goes with reduction="mean", got reduction={reduction!r}')
-    strict = _flag(validate, "validate", optional=True)
+    strict = _optional_flag(validate, "validate")
     check = engine.name == "cpu" if strict is None else strict
 
     student = _logits(engine, student_logits, "student_logits")
@@ -796,6 +800,8 @@ def kl_divergence(
     >>> print(round(float(kdcore.kl_divergence(np.zeros(2), np.log([0.25, 0.75]))), 6))
     0.130812
     """
+    if teacher_logits is None:
+        raise DTypeError("teacher_logits must be an array like student_logits, got None")
     return _kd(
         student_logits,
         teacher_logits,
@@ -837,6 +843,8 @@ def cross_entropy(
     >>> print(round(float(kdcore.cross_entropy(np.array([[0.0, 30.0]]), [0])), 6))
     30.0
     """
+    if labels is None:
+        raise LabelError("labels must be integers, got None")
     return _kd(
         student_logits,
         None,
@@ -863,6 +871,7 @@ def cross_entropy(
 
 def linear(x: Any, weight: Any, bias: Any, activation: str, *, threads: int | None = None, stream: Any = None) -> Any:
     """activation(x [B, K] @ weight [M, K].T + bias [M]), in float32, where x lives."""
+    choice(activation, "activation", ACTIVATIONS)
     engine = _engine({"x": x, "weight": weight, "bias": bias}, threads, stream)
     x, weight, bias = (engine.memory.as_array(array) for array in (x, weight, bias))
     _same_shape(tuple(weight.shape)[1:], "weight[1:]", tuple(x.shape)[1:], "x without its rows")

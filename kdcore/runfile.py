@@ -58,7 +58,7 @@ def _build(path: str | PathLike[str], tables: dict[str, Any], name: str, **given
         raise ConfigError(f"{path}: the table [{name}] is missing")
     arguments = dict(table)
     kind = arguments.pop("kind", None)
-    if kind not in _KINDS[name]:
+    if not isinstance(kind, str) or kind not in _KINDS[name]:
         choices = ", ".join(map(repr, _KINDS[name]))
         raise ConfigError(f"{path}: kind of [{name}] must be one of {choices}, got {kind!r}")
     make = _KINDS[name][kind]

@@ -94,12 +94,32 @@ def test_distill_resumes(folder, capsys):
         ({"student": "momentum = 0.5"}, r"unknown field 'momentum' in \[student\]"),
         ({"batches": "held_out = 1.5"}, r"held_out must be in \[0, 1\), got 1.5\n  in \[batches\]"),
         ({"batches": "teacher_rows = true"}, r"unknown field 'teacher_rows'"),
+        ({"batches": 'wrap = "false"'}, r"wrap must be True or False, got 'false'"),
+        ({"student": "initial_value = 1e39"}, r"initial_value .* 1e\+?39"),
     ],
 )
 def test_mistakes_in_the_file_are_named(folder, capsys, tables, message):
     assert main(["distill", "--config", str(folder(**tables))]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (folder.path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('kind = "hdf5"', 'kind = ["hdf5"]', r"kind of \[teacher\] must be one of 'hdf5', 'mlp', got \['hdf5'\]"),
+        ('path = "teacher.h5"', "path = 5", r"path must be a path, got 5"),
+        ('directory = "tokens"', "directory = 5", r"directory must be a path, got 5"),
+        ("context = 1", "context = 30", r"context"),
+        ("[teacher]", "[teachers]", r"unknown table \[teachers\]"),
+        ("temperature = 2.0", "temperature = \udcff", r"not TOML"),
+    ],
+)
+def test_mistakes_of_type_are_named(folder, capsys, old, new, message):
+    path = folder()
+    path.write_bytes(path.read_text(encoding="utf-8").replace(old, new).encode("utf-8", "surrogateescape"))
+    assert main(["distill", "--config", str(path)]) == 1
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_missing_files_are_named(tmp_path, capsys):
@@ -137,8 +157,19 @@ def test_demo(small_demo, tmp_path, capsys):
     assert float(capsys.readouterr().out.split()[0]) == pytest.approx(row["distilled"]["bits_per_byte"], abs=1e-6)
 
 
-def test_demo_leaves_other_folders_alone(tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("mine", encoding="utf-8")
+@pytest.mark.parametrize("files", [["thesis.tex"], ["demo.json", "thesis.tex"], ["demo.json"]])
+def test_demo_leaves_other_folders_alone(tmp_path, capsys, files):
+    for name in files:
+        (tmp_path / name).write_text('{"mine": 1}', encoding="utf-8")
     assert main(["demo", "--output", str(tmp_path)]) == 1
-    assert "holds something else" in capsys.readouterr().err
-    assert (tmp_path / "thesis.tex").read_text(encoding="utf-8") == "mine"
+    assert "is not from an earlier demo" in capsys.readouterr().err
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == dict.fromkeys(
+        files, '{"mine": 1}'
+    )
+
+
+def test_demo_replaces_an_earlier_one(tmp_path):
+    (tmp_path / "demo.json").write_text('{"demo": "kdcore", "status": "running"}', encoding="utf-8")
+    (tmp_path / "hard-3000-rate-0.5").mkdir()
+    demo._own(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]

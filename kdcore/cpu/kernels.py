@@ -5,6 +5,8 @@ a tuple of rows [V] in the working type, row results [B] float64, ``status`` [B,
 """
 
 import math
+from hashlib import blake2b
+from pathlib import Path
 
 from numba import njit
 
@@ -102,63 +104,81 @@ def _kd_rows(soft_term):
 _forward_kl_rows = _kd_rows(forward_kl_soft)
 _reverse_kl_rows = _kd_rows(reverse_kl_soft)
 
-# The outermost kernels are plain functions of the module, which is what Numba's disk cache recognises.
+
+def _digest():
+    """A hash of everything that the kernels are compiled from."""
+    package = Path(__file__).parents[1]
+    files = [package / name for name in ("formulas.py", "objective.py", "rowstatus.py")]
+    return blake2b(b"".join(path.read_bytes() for path in files + sorted(package.glob("cpu/*.py")))).hexdigest()
 
 
-@njit(nogil=True, cache=True)
-def forward_kl_kernel(
-    student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
-    work, lo, hi, gradient, loss, ce, kl, status,
-):  # fmt: skip
-    """alpha CE + (1 - alpha) kd_scale KL(p || q), its parts and its gradient, finite even where KL is +inf."""
-    _forward_kl_rows(
+def _outermost(sources):
+    """The kernels that Python calls.
+
+    Numba finds a compiled kernel on disk by the kernel's own file and its closure, and does not see an edit of the row
+    functions and formulas that it calls. So the digest of all ``sources`` is in the closure.
+    """
+
+    @njit(nogil=True, cache=True)
+    def forward_kl_kernel(
         student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
         work, lo, hi, gradient, loss, ce, kl, status,
-    )  # fmt: skip
+    ):  # fmt: skip
+        """alpha CE + (1 - alpha) kd_scale KL(p || q), its parts and its gradient, finite even where KL is +inf."""
+        _ = sources
+        _forward_kl_rows(
+            student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature,
+            kd_scale, work, lo, hi, gradient, loss, ce, kl, status,
+        )  # fmt: skip
 
-
-@njit(nogil=True, cache=True)
-def reverse_kl_kernel(
-    student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
-    work, lo, hi, gradient, loss, ce, kl, status,
-):  # fmt: skip
-    """alpha CE + (1 - alpha) kd_scale KL(q || p), its parts and its gradient; NaN gradients where KL is +inf."""
-    _reverse_kl_rows(
+    @njit(nogil=True, cache=True)
+    def reverse_kl_kernel(
         student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
         work, lo, hi, gradient, loss, ce, kl, status,
-    )  # fmt: skip
-    for i in range(lo, hi):
-        if kl[i] == math.inf:
-            status[i, 0] = UNDEFINED_GRADIENT
-            if gradient.shape[0] > 0:
-                _fill(gradient[i], math.nan)
+    ):  # fmt: skip
+        """alpha CE + (1 - alpha) kd_scale KL(q || p), its parts and its gradient; NaN gradients where KL is +inf."""
+        _ = sources
+        _reverse_kl_rows(
+            student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature,
+            kd_scale, work, lo, hi, gradient, loss, ce, kl, status,
+        )  # fmt: skip
+        for i in range(lo, hi):
+            if kl[i] == math.inf:
+                status[i, 0] = UNDEFINED_GRADIENT
+                if gradient.shape[0] > 0:
+                    _fill(gradient[i], math.nan)
+
+    @njit(nogil=True, cache=True)
+    def softmax_kernel(logits, temperature, work, lo, hi, out, status):
+        """Rows of softmax(x / T); a row that cannot be used becomes NaN."""
+        _ = sources
+        for i in range(lo, hi):
+            if _usable(logits[i], STUDENT, status[i])[1]:
+                softmax_row(logits[i], temperature, work, out[i])
+            else:
+                _fill(out[i], math.nan)
+
+    @njit(nogil=True, cache=True)
+    def log_softmax_kernel(logits, temperature, work, lo, hi, out, status):
+        """Rows of log softmax(x / T); a row that cannot be used becomes NaN."""
+        _ = sources
+        for i in range(lo, hi):
+            if _usable(logits[i], STUDENT, status[i])[1]:
+                log_softmax_row(logits[i], temperature, work, out[i])
+            else:
+                _fill(out[i], math.nan)
+
+    @njit(nogil=True, cache=True)
+    def logsumexp_kernel(logits, temperature, work, lo, hi, out, status):
+        """log sum exp(x / T) of rows, [B]; a row that cannot be used becomes NaN."""
+        _ = sources
+        for i in range(lo, hi):
+            if _usable(logits[i], STUDENT, status[i])[1]:
+                out[i] = from_real(logsumexp_row(logits[i], temperature, work), out[i])
+            else:
+                out[i] = from_real(math.nan, out[i])
+
+    return forward_kl_kernel, reverse_kl_kernel, softmax_kernel, log_softmax_kernel, logsumexp_kernel
 
 
-@njit(nogil=True, cache=True)
-def softmax_kernel(logits, temperature, work, lo, hi, out, status):
-    """Rows of softmax(x / T); a row that cannot be used becomes NaN."""
-    for i in range(lo, hi):
-        if _usable(logits[i], STUDENT, status[i])[1]:
-            softmax_row(logits[i], temperature, work, out[i])
-        else:
-            _fill(out[i], math.nan)
-
-
-@njit(nogil=True, cache=True)
-def log_softmax_kernel(logits, temperature, work, lo, hi, out, status):
-    """Rows of log softmax(x / T); a row that cannot be used becomes NaN."""
-    for i in range(lo, hi):
-        if _usable(logits[i], STUDENT, status[i])[1]:
-            log_softmax_row(logits[i], temperature, work, out[i])
-        else:
-            _fill(out[i], math.nan)
-
-
-@njit(nogil=True, cache=True)
-def logsumexp_kernel(logits, temperature, work, lo, hi, out, status):
-    """log sum exp(x / T) of rows, [B]; a row that cannot be used becomes NaN."""
-    for i in range(lo, hi):
-        if _usable(logits[i], STUDENT, status[i])[1]:
-            out[i] = from_real(logsumexp_row(logits[i], temperature, work), out[i])
-        else:
-            out[i] = from_real(math.nan, out[i])
+forward_kl_kernel, reverse_kl_kernel, softmax_kernel, log_softmax_kernel, logsumexp_kernel = _outermost(_digest())

@@ -103,15 +103,7 @@ def reduce_rows(rows, out, threads):
     out[...] = np.sum(rows)
 
 
-_ACTIVATIONS = {
-    name: vectorize(cache=True)(formula)
-    for name, formula in (
-        ("identity", formulas.identity),
-        ("relu", formulas.relu),
-        ("tanh", formulas.tanh),
-        ("gelu", formulas.gelu),
-    )
-}
+_ACTIVATIONS = {name: vectorize(cache=True)(formula) for name, formula in formulas.ACTIVATIONS.items()}
 
 
 def linear(x, weight, bias, activation, out, threads):

@@ -5,23 +5,18 @@ The functions have twins of the same names and signatures in :mod:`kdcore.cpu`, 
 ``status``. Device functions for reuse are in :mod:`kdcore.cuda.rows`.
 
 Importing this package needs neither a GPU nor numba-cuda; its functions need a GPU, or Numba's simulator
-(``NUMBA_ENABLE_CUDASIM=1``). :func:`available` says which is missing.
+(``NUMBA_ENABLE_CUDASIM=1``). :func:`kdcore.cuda.presence.available` says which is missing.
 """
 
 from importlib import import_module
 from typing import Any
 
-from kdcore.cuda.presence import available, owns, require
-
 __all__ = [
-    "available",
     "kd_rows",
     "linear",
     "log_softmax_rows",
     "logsumexp_rows",
-    "owns",
     "reduce_rows",
-    "require",
     "softmax_rows",
     "weight_sum",
 ]

@@ -250,12 +250,4 @@ def _bias_kernel(activation):
 
 
 #: What follows the matrix product of a linear layer, by the name of the activation.
-BIAS_KERNELS = {
-    name: _bias_kernel(bind(formula))
-    for name, formula in (
-        ("identity", formulas.identity),
-        ("relu", formulas.relu),
-        ("tanh", formulas.tanh),
-        ("gelu", formulas.gelu),
-    )
-}
+BIAS_KERNELS = {name: _bias_kernel(bind(formula)) for name, formula in formulas.ACTIVATIONS.items()}

@@ -5,25 +5,21 @@ bfloat16 is the dtype of ``ml_dtypes`` here. Importing this module imports neith
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
 import numpy as np
 
-from kdcore.cuda.presence import available, detached, owns, require
-from kdcore.errors import DeviceUnavailableError, DTypeError, MissingDependencyError, ShapeError
+from kdcore.cuda.presence import detached, require
+from kdcore.errors import DeviceUnavailableError, DTypeError, MissingDependencyError
 
 __all__ = [
     "as_array",
     "as_rows",
-    "available",
     "empty",
     "full",
     "is_writable",
     "overlaps",
-    "owns",
-    "require",
     "row_view",
     "same",
     "to_device",
@@ -84,20 +80,11 @@ def _view(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
 
 
 def as_rows(array: Any) -> Any:
-    """A view [B, V] of an array [..., V]: its last dimension stays, the others become one. Never a copy.
-
-    Raises :class:`~kdcore.errors.ShapeError` where the leading dimensions of a strided array do not merge.
-    """
+    """A view [B, V] of an array [..., V] whose leading dimensions merge; Numba itself reshapes contiguous arrays only."""
     *lead, width = tuple(array.shape)
-    *lead_strides, last = tuple(array.strides)
-    rows = math.prod(lead)
-    dims = [(n, stride) for n, stride in zip(lead, lead_strides, strict=True) if n != 1]
-    if rows and width and any(outer != n * inner for (_, outer), (n, inner) in itertools.pairwise(dims)):
-        raise ShapeError(
-            f"an array of shape {tuple(array.shape)} and strides {tuple(array.strides)} has no view as rows "
-            f"[{rows}, {width}]: make it contiguous"
-        )
-    return _view(array, (rows, width), (dims[-1][1] if dims else width * array.dtype.itemsize, last))
+    *strides, last = tuple(array.strides)
+    step = next((stride for n, stride in zip(lead[::-1], strides[::-1], strict=True) if n != 1), width * last)
+    return _view(array, (math.prod(lead), width), (step, last))
 
 
 def row_view(array: Any) -> Any:

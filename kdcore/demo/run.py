@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -54,6 +55,8 @@ RATES = (0.5, 1.0, 2.0)
 STUDENTS = {"hard": 1.0, "distilled": 0.0}
 
 _REPORT = "demo.json"
+#: Everything that the demo leaves in its directory.
+_RESULTS = re.compile(r"demo\.json|demo\.png|teacher\.h5(\..*)?|(hard|distilled)-\d+(-rate-[\d.]+)?")
 
 
 class _LinearDecay(Callback):
@@ -138,9 +141,11 @@ def run_demo(output_dir: str | Path, *, say: Callable[[str], None] = print) -> d
                 }
             curves.append(row)
             hard, distilled = (row[name]["bits_per_byte"] for name in STUDENTS)
-            tqdm.write(f"{budget:>8,} positions: hard labels {hard:.3f}, distilled {distilled:.3f} bits a byte")
+            with tqdm.external_write_mode():
+                say(f"{budget:>8,} positions: hard labels {hard:.3f}, distilled {distilled:.3f} bits a byte")
 
     report = {
+        "demo": "kdcore",
         "status": "complete",
         "uniform_bits_per_byte": math.log2(BYTES),
         "teacher_bits_per_byte": teacher_bits,
@@ -208,14 +213,27 @@ def _total_steps() -> int:
 
 
 def _own(output: Path) -> Path:
-    """An empty ``output``, which may hold an earlier demo but nothing else."""
+    """An empty ``output``, from which an earlier demo is removed; whatever else is there is an error."""
     if output.exists():
-        if not output.is_dir() or (any(output.iterdir()) and not (output / _REPORT).is_file()):
-            raise ConfigError(f"{output} holds something else than an earlier demo: choose another directory")
+        strangers = [] if output.is_dir() else [output]
+        if output.is_dir() and any(output.iterdir()):
+            strangers = sorted(path for path in output.iterdir() if not _RESULTS.fullmatch(path.name))
+            if not strangers and _report_of(output).get("demo") != "kdcore":
+                strangers = [output / _REPORT]
+        if strangers:
+            raise ConfigError(f"{strangers[0]} is not from an earlier demo: choose another output directory")
         shutil.rmtree(output)
     output.mkdir(parents=True)
-    (output / _REPORT).write_text('{"status": "running"}\n', encoding="utf-8")
+    (output / _REPORT).write_text('{"demo": "kdcore", "status": "running"}\n', encoding="utf-8")
     return output
+
+
+def _report_of(output: Path) -> dict[str, Any]:
+    try:
+        report = json.loads((output / _REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
 
 
 def _table(report: dict[str, Any]) -> str:
