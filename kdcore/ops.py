@@ -98,7 +98,7 @@ def resolve_threads(threads: int | None) -> int:
     if threads is not None:
         return _threads(threads, "threads")
     text = os.environ.get("KDCORE_NUM_THREADS")
-    if text is None:
+    if not text:
         from kdcore.cpu.pool import default_threads
 
         return default_threads()
@@ -199,7 +199,7 @@ def _labels(engine: _Engine, obj: Any, lead: tuple[int, ...]) -> Any:
     if engine.name == "cpu":
         if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
             raise LabelError(f"labels must be below 2**63, got {array.max()}")
-        return array.astype(np.int64, copy=False).reshape(-1)
+        return np.ascontiguousarray(array, np.int64).reshape(-1)  # one layout, one compiled kernel
     return array.reshape(-1)
 
 
@@ -221,7 +221,7 @@ def _weights(engine: _Engine, obj: Any, lead: tuple[int, ...]) -> Any:
         raise DTypeError(f"weights must be real numbers, got dtype {array.dtype}")
     _same_shape(array.shape, "weights", lead, "student_logits without its classes")
     if engine.name == "cpu":
-        array = array.astype(np.float64, copy=False).reshape(-1)
+        array = np.ascontiguousarray(array, np.float64).reshape(-1)
         bad = ~((array >= 0) & (array < math.inf))
         if bad.any():
             row = int(bad.argmax())
@@ -237,13 +237,13 @@ def _check_scale(weights: np.ndarray, rows: int, denominator: float | None) -> N
         largest = float(weights.max()) if weights.size else 1.0
         scale = largest if denominator is None else np.float64(largest) / denominator
     if not math.isfinite(total):
-        raise DomainError("weights overflow when they are added up")
+        raise DomainError(f"weights must have a finite sum, but they add up to {total} (the largest is {largest})")
     if not math.isfinite(scale):
         raise DomainError(f"denominator={denominator} is so small that a weight of {largest} over it overflows")
 
 
-def _output(engine: _Engine, out: Any, shape: tuple[int, ...], itself: Any, inputs: dict[str, Any]) -> Any:
-    """``out``, checked: its shape and dtype, writable, and either ``itself`` or disjoint from every input."""
+def _output(engine: _Engine, out: Any, shape: tuple[int, ...], itself: str | None, inputs: dict[str, Any]) -> Any:
+    """``out``, checked: its shape and dtype, writable, and either the input ``itself`` or disjoint from every input."""
     if isinstance(out, list | tuple) or np.isscalar(out):
         raise DTypeError(f"out must be an array, got {type(out).__name__}")
     array = _array(engine, out, "out")
@@ -251,11 +251,12 @@ def _output(engine: _Engine, out: Any, shape: tuple[int, ...], itself: Any, inpu
         raise DTypeError(f"out must be {', '.join(_LOGIT_DTYPES)}, got dtype {array.dtype}")
     _same_shape(array.shape, "out", shape, "the result")
     if not engine.memory.is_writable(out):
-        raise AliasError("out is read-only")
+        raise AliasError("out must be writable, got a read-only array")
     if _overlaps_itself(array):
         raise AliasError(f"out overlaps itself: shape {tuple(array.shape)}, strides {tuple(array.strides)}")
-    for name, other in inputs.items():
-        if other is itself and engine.memory.same(array, other):
+    for name, obj in inputs.items():
+        other = _array(engine, obj, name)
+        if name == itself and engine.memory.same(array, other):
             continue
         if engine.memory.overlaps(array, other):
             raise AliasError(f"out overlaps {name}: it must be the logits themselves or share no element with an input")
@@ -359,7 +360,7 @@ def _row_operation(
     if out is None:
         result = engine.empty(shape, np.float64 if per_row else array.dtype)
     else:
-        result = _output(engine, out, shape, None if per_row else array, {"logits": array})
+        result = _output(engine, out, shape, None if per_row else "logits", {"logits": logits})
     status = engine.full((math.prod(lead) if check or engine.name == "cpu" else 0, 2), np.int64, 0)
     launch = getattr(engine.kernels, f"{name}_rows")
     target = result.reshape((*shape, 1)) if per_row else result  # the same dimensions to merge as the logits have
@@ -386,7 +387,7 @@ def softmax(
     logits : array [..., V]
         float32, float64, float16 or bfloat16, on the host or on a CUDA device. -inf rules a class out.
     temperature : float
-        T, positive and finite.
+        T, positive and finite (from 1e-150 to 1e150, so that T² is a normal number).
     out : array, optional
         Where the result goes: ``logits`` itself, or an array of its shape that shares no element with it.
     validate : bool, optional
@@ -531,10 +532,8 @@ def _kd(
 
     gradient = None
     if with_gradient and out is not None:
-        disjoint = {"student_logits": student, "teacher_logits": teacher, "labels": labels, "weights": weights}
-        if teacher_logits is None:
-            del disjoint["teacher_logits"]
-        gradient = _output(engine, out, tuple(student.shape), student, disjoint)
+        given = {name: obj for name, obj in inputs.items() if name != "out" and obj is not None}
+        gradient = _output(engine, out, tuple(student.shape), "student_logits", given)
     elif with_gradient:
         gradient = engine.empty(tuple(student.shape), student.dtype)
 
@@ -614,7 +613,7 @@ def kd_loss_and_gradient(
     labels : array-like of int [...], or None
         Classes in [0, V), or ``ignore_index``. None is allowed at alpha = 0.
     temperature : float
-        T, positive and finite. CE is always taken at T = 1.
+        T, positive and finite (from 1e-150 to 1e150, so that T² is a normal number). CE is always taken at T = 1.
     alpha : float
         Weight of the cross-entropy, in [0, 1]. At 1 the teacher is not read (and may be None); at 0 labels only mask.
     divergence : {"forward_kl", "reverse_kl"}
@@ -641,7 +640,8 @@ def kd_loss_and_gradient(
     Returns
     -------
     KDOutput
-        ``loss``, ``ce`` and ``kl`` in float64, ``gradient`` in the dtype of ``student_logits`` (or of ``out``).
+        ``loss``, ``ce`` and ``kl`` in float64, ``gradient`` in the dtype of ``student_logits`` (or of ``out``),
+        rounded to nearest: what is beyond the largest float16 becomes infinite.
 
     Raises
     ------

@@ -504,8 +504,8 @@ def test_reductions():
         whole = np.asarray(getattr(total, name))
         if name != "gradient":
             np.testing.assert_allclose(np.sum(getattr(rows, name)), whole, rtol=1e-15)
-        np.testing.assert_allclose(np.asarray(getattr(mean, name)) * 3.5, whole, rtol=1e-14)
-        np.testing.assert_allclose(np.asarray(getattr(per_eight, name)) * 8, whole, rtol=1e-14)
+        np.testing.assert_allclose(np.asarray(getattr(mean, name)) * 3.5, whole, rtol=1e-14, atol=1e-16)
+        np.testing.assert_allclose(np.asarray(getattr(per_eight, name)) * 8, whole, rtol=1e-14, atol=1e-16)
 
 
 @given(problems(tuple(FLOAT64), supports=("all",)), st.integers(0, 4))

@@ -11,11 +11,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-__all__ = ["SUMS", "exp2_scaled", "fast_max", "from_real", "raw_bits", "split_rate", "to_real"]
-
-#: Fast-math flags of loops that add up: sums may be reordered, which lets them vectorise. Neither nnan nor ninf:
-#: -inf is a legal logit. A callee without flags of its own inherits its caller's, so formulas say fastmath=False.
-SUMS = {"reassoc", "contract", "nsz", "arcp"}
+__all__ = ["exp2_scaled", "fast_max", "from_real", "raw_bits", "split_rate", "to_real"]
 
 _F16, _F32, _F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)

@@ -4,8 +4,10 @@ Letters: V classes; x, s, t rows [V] of logits in storage form (float32, float64
 :mod:`kdcore.cpu.primitives`); d scaled logits and e exponentials [V], contiguous, in the working type (float32 or
 float64). What they compute is written in :mod:`kdcore.formulas`; here are the loops.
 
-Every sum runs in float64 over contiguous rows of the working type. So neither the layout of the caller's array nor its
-neighbours can change a bit of the result.
+Every sum runs in float64 over contiguous rows of the working type, in an order that the code fixes: over lanes, which
+are then added up by halves. The compiler may not choose it (the fast-math flag "reassoc"), because it chooses anew for
+every specialisation, and differently for a kernel that it has just compiled and one that it loads from disk. So neither
+the layout of the caller's array nor its neighbours nor the state of a cache can change a bit of the result.
 """
 
 import math
@@ -14,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from kdcore import formulas
-from kdcore.cpu.primitives import SUMS, exp2_scaled, fast_max, from_real, split_rate, to_real
+from kdcore.cpu.primitives import exp2_scaled, fast_max, from_real, split_rate, to_real
 from kdcore.rowstatus import NAN, NO_SUPPORT, OK, POSITIVE_INF
 
 __all__ = [
@@ -35,6 +37,8 @@ __all__ = [
     "write_gradient",
 ]
 
+_LANES = 512
+
 _strict = njit(fastmath=False)
 _scaled_logit = _strict(formulas.scaled_logit)
 _rate = _strict(formulas.rate)
@@ -46,7 +50,7 @@ _divergence_gradient = _strict(formulas.divergence_gradient)
 _kd_gradient = _strict(formulas.kd_gradient)
 
 
-@njit(fastmath=SUMS)
+@njit(fastmath=False)
 def max_row(x):
     """The maximum of a row, and whether the row can be used: no NaN, no +inf, not all -inf."""
     first = to_real(x[0])
@@ -82,18 +86,38 @@ def scale_row(x, m, d):
         d[v] = _scaled_logit(to_real(x[v]), m, headroom)
 
 
-@njit(fastmath=SUMS)
+@njit(fastmath=False)
+def _lanes(size):
+    """Zeros, to which the elements of a row are added by turns: element v to lane v modulo their number."""
+    return np.zeros(min(size, _LANES))
+
+
+@njit(fastmath=False)
+def _total(lanes):
+    """The sum of the lanes, by halves; overwrites them."""
+    n = lanes.size
+    while n > 1:
+        half = (n + 1) // 2
+        for k in range(n - half):
+            lanes[k] += lanes[half + k]
+        n = half
+    return lanes[0]
+
+
+@njit(fastmath=False)
 def exp_row(d, rate, e):
     """e = exp2(d rate); returns z, their sum, in float64."""
     high, low = split_rate(rate, d[0])
-    z = 0.0
-    for v in range(d.size):
-        e[v] = exp2_scaled(d[v], high, low)
-        z += np.float64(e[v])
-    return z
+    lanes = _lanes(d.size)
+    for start in range(0, d.size, lanes.size):
+        part_d, part_e = d[start : start + lanes.size], e[start : start + lanes.size]
+        for k in range(part_d.size):
+            part_e[k] = exp2_scaled(part_d[k], high, low)
+            lanes[k] += np.float64(part_e[k])
+    return _total(lanes)
 
 
-@njit(fastmath=SUMS)
+@njit(fastmath=False)
 def forward_kl_soft(d_s, d_t, e_s, e_t, temperature, teacher_temperature):
     """KL(p || q), and its gradient by s/T as a combination of the exponentials that it leaves behind.
 
@@ -102,10 +126,13 @@ def forward_kl_soft(d_s, d_t, e_s, e_t, temperature, teacher_temperature):
     z_s = exp_row(d_s, _rate(temperature), e_s)
     z_t = exp_row(d_t, _rate(teacher_temperature), e_t)
     ratio = type(d_s[0])(teacher_temperature / temperature)
-    w = 0.0
-    for v in range(d_s.size):
-        w += np.float64(_forward_kl_term(e_t[v], d_t[v], d_s[v], ratio))
-    return _forward_kl_from_sums(w, z_t, z_s, teacher_temperature), 1.0 / z_s, 1.0 / z_t
+    lanes = _lanes(d_s.size)
+    for start in range(0, d_s.size, lanes.size):
+        part_s, part_t = d_s[start : start + lanes.size], d_t[start : start + lanes.size]
+        part_e = e_t[start : start + lanes.size]
+        for k in range(part_s.size):
+            lanes[k] += np.float64(_forward_kl_term(part_e[k], part_t[k], part_s[k], ratio))
+    return _forward_kl_from_sums(_total(lanes), z_t, z_s, teacher_temperature), 1.0 / z_s, 1.0 / z_t
 
 
 @njit(fastmath=False)
@@ -123,16 +150,16 @@ def two_formula_soft(term, slope):
     q (log q - log p) must not lose what a float32 gradient can show.
     """
 
-    @njit(fastmath=SUMS)
+    @njit(fastmath=False)
     def soft_term(d_s, d_t, e_s, e_t, temperature, teacher_temperature):
         z_s = exp_row(d_s, _rate(temperature), e_s)
         z_t = exp_row(d_t, _rate(teacher_temperature), e_t)
-        total = 0.0
-        mean = 0.0
+        terms, slopes = _lanes(d_s.size), _lanes(d_s.size)
         for v in range(d_s.size):
             p, q, log_p, log_q = _class_of(d_s[v], d_t[v], e_s[v], e_t[v], z_s, z_t, temperature, teacher_temperature)
-            total += term(p, q, log_p, log_q)
-            mean += q * slope(p, q, log_p, log_q)
+            terms[v % terms.size] += term(p, q, log_p, log_q)
+            slopes[v % slopes.size] += q * slope(p, q, log_p, log_q)
+        total, mean = _total(terms), _total(slopes)
         for v in range(d_s.size):
             p, q, log_p, log_q = _class_of(d_s[v], d_t[v], e_s[v], e_t[v], z_s, z_t, temperature, teacher_temperature)
             e_s[v] = _divergence_gradient(q, slope(p, q, log_p, log_q), mean)
