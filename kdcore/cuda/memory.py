@@ -80,7 +80,7 @@ def _view(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
 
 
 def as_rows(array: Any) -> Any:
-    """A view [B, V] of an array [..., V] whose leading dimensions merge; Numba itself reshapes contiguous arrays only."""
+    """A view [B, V] of an array [..., V] whose leading dimensions merge; Numba reshapes contiguous arrays alone."""
     *lead, width = tuple(array.shape)
     *strides, last = tuple(array.strides)
     step = next((stride for n, stride in zip(lead[::-1], strides[::-1], strict=True) if n != 1), width * last)
