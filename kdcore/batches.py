@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -11,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcore.checks import integer, number_in
+from kdcore.checks import as_int64, file_path, flag, integer, number_in
 from kdcore.errors import ConfigError, DomainError, DTypeError, EndOfDataError, FileFormatError, ShapeError
 
 __all__ = ["ArrayBatchSource", "Batch", "BatchSource", "ShardBatchSource", "SyntheticBatchSource"]
@@ -21,6 +23,9 @@ __all__ = ["ArrayBatchSource", "Batch", "BatchSource", "ShardBatchSource", "Synt
 class Batch:
     """B rows of input, with a label a row [B], or one a position [B, L].
 
+    Rows of different lengths have their labels padded: L is at least the longest row's length, and beyond the end of a
+    row stands the ``ignore_index`` of the run. ``labels`` may be given as any array-like of integers.
+
     ``teacher_ids`` is what the teacher is asked with where that is not ``input_ids``: row numbers of a file of
     logits, say.
     """
@@ -28,6 +33,19 @@ class Batch:
     input_ids: Any
     labels: NDArray[np.int64]
     teacher_ids: Any = None
+
+    def __post_init__(self) -> None:
+        try:
+            labels = np.asarray(self.labels)
+        except ValueError:  # NumPy's word for rows of different lengths
+            raise ShapeError(
+                "labels must have shape [B] or [B, L], got rows of different lengths: pad them with ignore_index"
+            ) from None
+        if labels.ndim not in (1, 2):
+            raise ShapeError(f"labels must have shape [B] or [B, L], got {labels.shape}")
+        if not labels.size and labels.dtype == np.float64:  # what NumPy makes of []
+            labels = labels.astype(np.int64)
+        object.__setattr__(self, "labels", as_int64(labels, "labels"))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,22 +76,26 @@ class BatchSource(Protocol):
         """The rows kept for validation, always the same and never in a training batch."""
         ...
 
-    def state(self) -> dict[str, int]:
-        """Where the source stands; :meth:`restore` of it makes every later batch come out the same."""
+    def state(self) -> dict[str, Any]:
+        """Where the source stands, in what JSON knows; :meth:`restore` of it makes every later batch the same."""
         ...
 
-    def restore(self, state: dict[str, int]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Go back to a :meth:`state`."""
         ...
 
 
 class _Rows:
-    """The order in which a pass visits ``count`` rows, and how far it has come: shared by all sources."""
+    """The order in which a pass visits ``count`` rows, and how far it has come: shared by all sources.
 
-    def __init__(self, count: int, seed: int | None, wrap: bool) -> None:
+    ``origin`` says, in strings and integers, what else determines the rows: a state of another origin is refused.
+    """
+
+    def __init__(self, count: int, seed: int | None, *, wrap: bool = False, origin: Mapping[str, int | str]) -> None:
         self.count = count
         self.seed = seed if seed is None else integer(seed, "seed", least=0)
         self.wrap = wrap
+        self.origin = origin
         self.epoch = 0
         self.position = 0
         self._shuffled: tuple[int, NDArray[np.int64]] | None = None
@@ -99,18 +121,33 @@ class _Rows:
         self.epoch += 1
         self.position = 0
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position, **self._identity()}
 
-    def restore(self, state: dict[str, int]) -> None:
-        for name, own in self._identity().items():
+    def restore(self, state: Mapping[str, Any]) -> None:
+        identity = self._identity()
+        if not isinstance(state, Mapping) or (missing := {"epoch", "position", *identity} - set(state)):
+            lacking = f" without {', '.join(sorted(missing))}" if isinstance(state, Mapping) else ""
+            raise ConfigError(f"state must be the state of a batch source like this one, got {state!r}{lacking}")
+        for name, own in identity.items():
             if state[name] != own:
                 raise ConfigError(f"the state of a batch source with {name} {state[name]} does not fit one with {own}")
-        self.epoch = integer(state["epoch"], "epoch", least=0)
-        self.position = integer(state["position"], "position", least=0)
+        try:
+            epoch = integer(state["epoch"], "epoch", least=0)
+            position = integer(state["position"], "position", least=0)
+        except (DomainError, DTypeError) as error:
+            raise ConfigError(f"the state of a batch source: {error}") from None
+        if position > self.count:
+            raise ConfigError(f"the state of a batch source: position must be at most {self.count}, got {position}")
+        self.epoch, self.position = epoch, position
 
-    def _identity(self) -> dict[str, int]:
-        return {"rows": self.count, "seed": -1 if self.seed is None else self.seed}
+    def _identity(self) -> dict[str, int | str]:
+        return {
+            "rows": self.count,
+            "seed": -1 if self.seed is None else self.seed,
+            "wrap": int(self.wrap),
+            **self.origin,
+        }
 
     def _order(self) -> NDArray[np.int64]:
         if self.seed is None:
@@ -130,18 +167,23 @@ class _RowSource:
         raise TypeError(f"{type(self).__name__} does not say how rows become a batch")
 
     def next_batch(self, batch_size: int) -> Batch:
+        """The next rows of the pass, fewer at its end unless the source wraps."""
         return self._batch(self._rows.next(batch_size))
 
     def batches_per_epoch(self, batch_size: int) -> int:
+        """How many batches make a pass, the last one included where it is smaller."""
         return -(-self._rows.count // integer(batch_size, "batch_size", least=1))
 
     def reset(self) -> None:
+        """Begin the next pass, in its own order."""
         self._rows.reset()
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
+        """Where the source stands, and what tells it from others."""
         return self._rows.state()
 
-    def restore(self, state: dict[str, int]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a :meth:`state`; that of another source is a :class:`ConfigError`."""
         self._rows.restore(state)
 
 
@@ -174,10 +216,19 @@ class SyntheticBatchSource(_RowSource):
     ) -> None:
         self._num_tokens = integer(num_tokens, "num_tokens", least=1)
         self._length = integer(sequence_length, "sequence_length", least=1)
-        self._per_position = per_position
-        self._rows = _Rows(integer(rows_per_epoch, "rows_per_epoch", least=1), None, wrap=False)
+        self._per_position = flag(per_position, "per_position")
+        self._rows = _Rows(
+            integer(rows_per_epoch, "rows_per_epoch", least=1),
+            None,
+            origin={
+                "num_tokens": self._num_tokens,
+                "sequence_length": self._length,
+                "per_position": int(self._per_position),
+            },
+        )
 
     def held_out(self) -> Batch:
+        """Each of the different rows once."""
         return self._batch(np.arange(self._num_tokens))
 
     def _batch(self, rows: NDArray[np.int64]) -> Batch:
@@ -219,10 +270,8 @@ class ArrayBatchSource(_RowSource):
         seed: int | None = 0,
         held_out: Batch | float = 0.1,
     ) -> None:
-        self._inputs, self._labels = np.asarray(input_ids), np.asarray(labels)
+        self._inputs, self._labels = np.asarray(input_ids), as_int64(np.asarray(labels), "labels")
         self._teacher_ids = None if teacher_ids is None else np.asarray(teacher_ids)
-        if self._labels.dtype.kind not in "iu":
-            raise DTypeError(f"labels must be integers, got dtype {self._labels.dtype}")
         if self._labels.ndim not in (1, 2):
             raise ShapeError(f"labels must have shape [N] or [N, L], got {self._labels.shape}")
         total = len(self._labels)
@@ -234,14 +283,16 @@ class ArrayBatchSource(_RowSource):
         else:
             count = total - _held_out_rows(total, held_out)
             self._held_out = self._batch(np.arange(count, total))
-        self._rows = _Rows(count, seed, wrap=False)
+        shapes = {"input_ids": self._inputs.shape, "labels": self._labels.shape}
+        self._rows = _Rows(count, seed, origin={name: str(list(shape)) for name, shape in shapes.items()})
 
     def held_out(self) -> Batch:
+        """The batch that was given, or the rows taken from the end."""
         return self._held_out
 
     def _batch(self, rows: NDArray[np.int64]) -> Batch:
         teacher_ids = None if self._teacher_ids is None else self._teacher_ids[rows]
-        return Batch(self._inputs[rows], self._labels[rows].astype(np.int64), teacher_ids)
+        return Batch(self._inputs[rows], self._labels[rows], teacher_ids)
 
 
 class ShardBatchSource(_RowSource):
@@ -263,7 +314,9 @@ class ShardBatchSource(_RowSource):
     vocab_size : int, optional
         If given, a token that is not below it is an error.
     wrap : bool
-        Go on with the next pass in the middle of a batch, instead of ending a pass with :class:`EndOfDataError`.
+        Go on with the next pass in the middle of a batch, instead of ending a pass with :class:`EndOfDataError`. All
+        batches are then of full size, and an epoch of the pipeline, ``batches_per_epoch`` batches, is a pass rounded up
+        to whole batches: it ends up to ``batch_size - 1`` rows into the next pass, and the next epoch goes on there.
     seed : int or None
         Shuffles the windows of every pass; None keeps the order.
     held_out : float
@@ -292,10 +345,11 @@ class ShardBatchSource(_RowSource):
         held_out: float = 0.1,
     ) -> None:
         self._length = integer(sequence_length, "sequence_length", least=1)
-        self._per_position = per_position
-        self._teacher_rows = teacher_rows
+        self._per_position = flag(per_position, "per_position")
+        self._teacher_rows = flag(teacher_rows, "teacher_rows")
         self._vocab_size = None if vocab_size is None else integer(vocab_size, "vocab_size", least=1)
-        root = Path(directory)
+        wrap = flag(wrap, "wrap")
+        root = file_path(directory, "directory")
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is not a directory of token shards")
         self._paths = sorted(root.glob("*.bin"))
@@ -314,9 +368,20 @@ class ShardBatchSource(_RowSource):
         if total == 0:
             raise ShapeError(f"{root}: no shard has the {self._length + 1} tokens of a window")
         self._train = total - _held_out_rows(total, held_out)
-        self._rows = _Rows(self._train, seed, wrap)
+        sizes = "".join(f"{path.name}\0{len(t)}\0" for path, t in zip(self._paths, self._tokens, strict=True))
+        self._rows = _Rows(
+            self._train,
+            seed,
+            wrap=wrap,
+            origin={
+                "sequence_length": self._length,
+                "per_position": int(self._per_position),
+                "shards": hashlib.blake2b(sizes.encode(errors="surrogateescape"), digest_size=8).hexdigest(),
+            },
+        )
 
     def held_out(self) -> Batch:
+        """The last windows."""
         return self._batch(np.arange(self._train, len(self._windows)))
 
     def _batch(self, rows: NDArray[np.int64]) -> Batch:

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from kdcore.checks import integer, number_in, positive_number
+from kdcore.checks import choice, file_path, flag, integer, number_in, positive_number
 from kdcore.errors import ConfigError, DomainError, DTypeError
 from kdcore.objective import DIVERGENCES
 
@@ -76,8 +76,9 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         try:
-            if not isinstance(self.output_dir, str | PathLike) or not str(self.output_dir):
-                raise DTypeError(f"output_dir must be a path, got {self.output_dir!r}")
+            file_path(self.output_dir, "output_dir")
+            if not str(self.output_dir):
+                raise DomainError(f"output_dir must be a path, got {self.output_dir!r}")
             # Numbers are kept as Python's own: a checkpoint stores them as JSON, which knows no NumPy scalars.
             plain: dict[str, float | int] = {
                 "temperature": positive_number(self.temperature, "temperature"),
@@ -89,16 +90,12 @@ class DistillConfig:
             for name in ("max_steps", "validate_every", "checkpoint_every"):
                 if getattr(self, name) is not None:
                     plain[name] = integer(getattr(self, name), name, least=1)
+            for name in ("per_position", "allow_degenerate"):
+                plain[name] = flag(getattr(self, name), name)
             for name, value in plain.items():
                 object.__setattr__(self, name, value)
-            for name in ("per_position", "allow_degenerate"):
-                if not isinstance(getattr(self, name), bool):
-                    raise DTypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
-            for name, choices in (("divergence", DIVERGENCES), ("vocabulary", ("error", "truncate"))):
-                if getattr(self, name) not in choices:
-                    raise DomainError(
-                        f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}"
-                    )
+            choice(self.divergence, "divergence", DIVERGENCES)
+            choice(self.vocabulary, "vocabulary", ("error", "truncate"))
         except (DomainError, DTypeError) as error:
             raise ConfigError(str(error)) from None
 
@@ -149,5 +146,5 @@ def read_toml(path: str | PathLike[str]) -> dict[str, Any]:
     with open(path, "rb") as file:
         try:
             return tomllib.load(file)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not TOML: {error}") from None

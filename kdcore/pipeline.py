@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import filecmp
 import hashlib
 import json
 import logging
@@ -11,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +36,9 @@ from kdcore.errors import (
     ShapeError,
     VocabularyMismatchError,
 )
-from kdcore.ops import cross_entropy, kl_divergence
-from kdcore.steps import kd_step, kd_step_per_position
+from kdcore.hdf5 import read_arrays
+from kdcore.ops import kd_loss_and_gradient, kl_divergence
+from kdcore.steps import counted_kd_step, kd_step_per_position
 from kdcore.students.base import StudentLogitsProvider
 from kdcore.teachers.base import TeacherLogitsProvider
 from kdcore.teachers.truncating import TruncatingTeacher
@@ -44,13 +47,19 @@ __all__ = ["Pipeline", "PipelineResult"]
 
 _log = logging.getLogger("kdcore")
 
-#: Below this mean KL (nats, at T) over the held-out rows the student already agrees with its teacher. Float32
-#: rounding alone gives some 1e-7; a student that has anything to learn from its teacher is far above.
-_DEGENERATE_KL = 1e-6
+#: A mean held-out KL above this, twice the rounding that float32 is allowed, is a difference for certain.
+_CERTAIN_KL = 1e-6
+#: Up to there T² KL decides, which is what a run lowers: as T grows, KL falls as 1/T² even where logits are far apart,
+#: while T² KL nears half the variance of their differences (1e-6: they differ by a thousandth). Float32 rounds it by up
+#: to 5e-7 T², so it is computed in float64. That rounds by 1e-13 T², which is small up to the T below; T² KL hardly
+#: changes beyond.
+_DEGENERATE_LOSS = 1e-6
+_WARMEST_COMPARISON = 1000.0
 #: Held-out rows are evaluated in pieces of about so many logits, 8 MB in float32.
 _EVALUATION_ELEMENTS = 1 << 21
 _STUDENT_FILE = "student.h5"
 _STATE_FILE = "state.json"
+_LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Pipeline:
     student : StudentLogitsProvider
     batches : BatchSource
         Training rows, and the held-out rows that every validation uses. With ``config.per_position`` its labels are
-        [B, L], otherwise [B].
+        [B, L], with ``config.ignore_index`` beyond the end of a shorter row, otherwise [B].
     callbacks : sequence of Callback
     progress : bool, optional
         Whether to show a progress bar; by default if standard error is a terminal.
@@ -117,11 +126,18 @@ class Pipeline:
         ):
             if not isinstance(value, kind):
                 raise ConfigError(f"{name} must be a {kind.__name__}, got {value!r}")
+        if not isinstance(callbacks, Iterable):
+            raise ConfigError(f"callbacks must be a sequence of Callback, got {callbacks!r}")
+        self.callbacks = list(callbacks)
+        for index, callback in enumerate(self.callbacks):
+            if not isinstance(callback, Callback):
+                raise ConfigError(f"callbacks[{index}] must be a Callback, got {callback!r}")
         self.config = config
+        self._whole_teacher = teacher
+        self._compared_files = False
         self.teacher = _fit_vocabulary(teacher, student, config)
         self.student = student
         self.batches = batches
-        self.callbacks = list(callbacks)
         self.progress = sys.stderr.isatty() if progress is None else progress
         self._output = Path(config.output_dir)
 
@@ -130,14 +146,19 @@ class Pipeline:
     def execute(self, *, resume: bool = False) -> PipelineResult:
         """Run to the end, or from the newest checkpoint in ``output_dir`` to the end.
 
-        Success is reported only after the student was saved, loaded again and found to give the same logits. The
+        Success is reported only after the student was saved, loaded again and found to give the same logits for all
+        held-out rows. At the first checkpoint of the call the loaded student is also saved, and must save the same
+        arrays: what a class forgets to load, an optimiser's state say, it forgets every time. The
         student given to the pipeline is trained in place; a resumed run goes on with the one that the checkpoint
-        holds, learning rate included, and ``pipeline.student`` is then that one.
+        holds, learning rate included, and ``pipeline.student`` is then that one. The teacher must be the same, bit for
+        bit on held-out rows.
+
+        The directory is locked for as long as this takes.
 
         Raises
         ------
         ConfigError
-            ``output_dir`` holds another run, or none to resume.
+            ``output_dir`` holds another run, or none to resume, or is in use by a run at this moment.
         DegenerateTeacherError
             The student already agrees with its teacher.
         CheckpointError
@@ -152,17 +173,25 @@ class Pipeline:
         total_steps = self.config.epochs * steps_per_epoch
         if self.config.max_steps is not None:
             total_steps = min(total_steps, self.config.max_steps)
+        if resume and not self._checkpoints():
+            raise ConfigError(f"output_dir={str(self._output)!r} holds no checkpoint to resume from")
+        self._output.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            path, metrics = self._execute(held_out, total_steps, steps_per_epoch, resume)
+        return PipelineResult(path, metrics, time.perf_counter() - started)
+
+    def _execute(
+        self, held_out: Batch, total_steps: int, steps_per_epoch: int, resume: bool
+    ) -> tuple[Path, dict[str, Any]]:
         checkpoints = self._checkpoints()
         if resume:
-            if not checkpoints:
-                raise ConfigError(f"output_dir={str(self._output)!r} holds no checkpoint to resume from")
             saved = self._restore(checkpoints[-1], held_out)
         elif checkpoints or (self._output / _STUDENT_FILE).exists():
             raise ConfigError(
                 f"output_dir={str(self._output)!r} already holds a run: resume it with execute(resume=True), "
                 "or choose another directory"
             )
-        self._output.mkdir(parents=True, exist_ok=True)
+        self._compared_files = False
         with self._logging():
             state = RunState(self.student, total_steps)
             if resume:
@@ -175,10 +204,10 @@ class Pipeline:
                 self.batches.reset()  # a source that has given rows before would end its first pass too early
                 self._announce(total_steps)
                 initial = self._evaluate(held_out)
-                self._check_distinct(initial)
+                self._check_distinct(initial, held_out)
                 history = {
                     "initial": initial, "last": initial, "last_step": 0, "best": initial["loss"],
-                    "rows": 0, "seconds": 0.0,
+                    "rows": 0, "seconds": 0.0, "teacher": self._teacher_digest(held_out),
                 }  # fmt: skip
                 state.metrics = dict(initial)
             self._train(state, history, held_out, steps_per_epoch)
@@ -189,7 +218,7 @@ class Pipeline:
             metrics = self._metrics(state, history)
             _write_text(self._output / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
             _log.info("saved %s; held-out loss %.6g -> %.6g", path, metrics["initial_loss"], metrics["final_loss"])
-        return PipelineResult(path, metrics, time.perf_counter() - started)
+        return path, metrics
 
     def _train(self, state: RunState, history: dict[str, Any], held_out: Batch, steps_per_epoch: int) -> None:
         config = self.config
@@ -234,20 +263,26 @@ class Pipeline:
 
     def _step(self, batch: Batch) -> float:
         config = self.config
-        arguments = (self.teacher, batch.for_teacher, batch.labels, config.temperature, config.alpha)
         keywords: dict[str, Any] = {"divergence": config.divergence, "ignore_index": config.ignore_index}
         if config.per_position:
             logits, mask = self.student.logits_per_position(batch.input_ids)
             _check_rows(logits, batch)
+            labels = _cut_labels(batch.labels, mask, config.ignore_index)
+            ragged = [row[exists] for row, exists in zip(labels, mask, strict=True)]
             rows = iter([row[exists] for row, exists in zip(logits, mask, strict=True)])
-            loss, gradient, counted = kd_step_per_position(*arguments, lambda _: next(rows), **keywords)
+            loss, gradient, counted = kd_step_per_position(
+                self.teacher, batch.for_teacher, ragged, config.temperature, config.alpha, lambda _: next(rows),
+                **keywords,
+            )  # fmt: skip
             count = int(counted.sum())
         else:
             logits = self.student.logits_for_batch(batch.input_ids)
             _check_rows(logits, batch)
             rows = iter(logits)
-            loss, gradient = kd_step(*arguments, lambda _: next(rows), **keywords)
-            count = int(np.count_nonzero(batch.labels != config.ignore_index))
+            loss, gradient, count = counted_kd_step(
+                self.teacher, batch.for_teacher, batch.labels, config.temperature, config.alpha, lambda _: next(rows),
+                **keywords,
+            )  # fmt: skip
         if not math.isfinite(loss):
             raise _infinite("training", loss)
         self.student.apply_kd_gradient(gradient, denominator=max(count, 1))
@@ -264,28 +299,34 @@ class Pipeline:
     def _evaluate(self, held_out: Batch) -> dict[str, Any]:
         """Loss, CE and T² D, means over the held-out rows or positions."""
         config = self.config
-        totals = {"ce": 0.0, "kl": 0.0}
+        totals = {"loss": 0.0, "ce": 0.0, "kl": 0.0}
         count = 0
-        row_elements = self.student.vocab_size * math.prod(np.shape(held_out.labels)[1:])
-        for part in _parts(held_out, max(config.batch_size, _EVALUATION_ELEMENTS // row_elements)):
+        for part in self._parts(held_out):
             student, teacher, labels = self._logits(part)
-            keep = labels != config.ignore_index
-            count += int(keep.sum())
-            if config.alpha > 0:
-                totals["ce"] += float(cross_entropy(student, labels, ignore_index=config.ignore_index, reduction="sum"))
-            if config.alpha < 1:
-                divergence = kl_divergence(
-                    student[keep], teacher[keep], config.temperature, divergence=config.divergence, reduction="sum"
-                )
-                totals["kl"] += config.temperature**2 * float(divergence)
+            count += int(np.count_nonzero(labels != config.ignore_index))
+            # The gradient comes along unused: one pass with it costs less than a pass for each part of the loss.
+            sums = kd_loss_and_gradient(
+                student, teacher, labels, config.temperature, config.alpha,
+                divergence=config.divergence, ignore_index=config.ignore_index, reduction="sum",
+            )  # fmt: skip
+            for name, total in totals.items():
+                totals[name] = total + float(getattr(sums, name) or 0.0)
         if count == 0:
             raise ShapeError("every held-out row is masked: there is nothing to validate on")
-        ce = totals["ce"] / count if config.alpha > 0 else None
-        kl = totals["kl"] / count if config.alpha < 1 else None
-        loss = config.alpha * (ce or 0.0) + (1 - config.alpha) * (kl or 0.0)
-        if not math.isfinite(loss):  # no later loss could be compared with it
-            raise _infinite("held-out", loss)
-        return {"loss": loss, "ce": ce, "kl": kl}
+        means = {name: total / count for name, total in totals.items()}
+        if not math.isfinite(means["loss"]):  # no later loss could be compared with it
+            raise _infinite("held-out", means["loss"])
+        computed = {"loss": True, "ce": config.alpha > 0, "kl": config.alpha < 1}
+        return {name: mean if computed[name] else None for name, mean in means.items()}
+
+    def _parts(self, held_out: Batch) -> Iterator[Batch]:
+        """The held-out rows in pieces of a few megabytes of logits."""
+        row_elements = self.student.vocab_size * math.prod(held_out.labels.shape[1:])
+        rows = max(self.config.batch_size, _EVALUATION_ELEMENTS // max(row_elements, 1))
+        for start in range(0, len(held_out), rows):
+            part = slice(start, start + rows)
+            teacher_ids = None if held_out.teacher_ids is None else held_out.teacher_ids[part]
+            yield Batch(held_out.input_ids[part], held_out.labels[part], teacher_ids)
 
     def _logits(self, batch: Batch) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]:
         """Student and teacher logits [N, V] and labels [N] of rows, or of positions that exist."""
@@ -293,16 +334,15 @@ class Pipeline:
         if self.config.per_position:
             student, mask = self.student.logits_per_position(batch.input_ids)
             _check_rows(student, batch)
-            if mask.shape != np.shape(batch.labels):
-                raise ShapeError(f"labels must have shape {mask.shape} like input_ids, got {np.shape(batch.labels)}")
+            labels = _cut_labels(batch.labels, mask, self.config.ignore_index)[mask]
             if self.config.alpha < 1:
                 teacher, teacher_mask = self.teacher.logits_per_position(batch.for_teacher)
                 if not np.array_equal(teacher_mask, mask):
                     raise ShapeError("teacher and student have different positions in the held-out rows")
                 teacher = teacher[mask]
-            student, labels = student[mask], np.asarray(batch.labels)[mask]
+            student = student[mask]
         else:
-            student, labels = self.student.logits_for_batch(batch.input_ids), np.asarray(batch.labels)
+            student, labels = self.student.logits_for_batch(batch.input_ids), batch.labels
             _check_rows(student, batch)
             if self.config.alpha < 1:
                 teacher = self.teacher.logits_for_batch(batch.for_teacher)
@@ -310,14 +350,29 @@ class Pipeline:
             raise ShapeError(f"the teacher must return logits of shape {student.shape}, got {teacher.shape}")
         return student, student if teacher is None else teacher, labels
 
-    def _check_distinct(self, initial: dict[str, Any]) -> None:
+    def _check_distinct(self, initial: dict[str, Any], held_out: Batch) -> None:
         if self.config.alpha == 1 or self.config.allow_degenerate:
             return
-        divergence = initial["kl"] / self.config.temperature**2
-        if divergence < _DEGENERATE_KL:
+        temperature = self.config.temperature
+        if initial["kl"] > _CERTAIN_KL * temperature * temperature:
+            return
+        temperature = min(temperature, _WARMEST_COMPARISON)
+        total, count = 0.0, 0
+        for part in self._parts(held_out):
+            student, teacher, labels = self._logits(part)
+            keep = labels != self.config.ignore_index
+            total += float(
+                kl_divergence(
+                    student[keep].astype(np.float64), teacher[keep].astype(np.float64), temperature,
+                    divergence=self.config.divergence, reduction="sum",
+                )
+            )  # fmt: skip
+            count += int(keep.sum())
+        divergence = total / count
+        if temperature * temperature * divergence < _DEGENERATE_LOSS:
             raise DegenerateTeacherError(
-                f"teacher and student agree before the first step (mean held-out KL {divergence:.3g} nats): "
-                "there is nothing to distil; allow_degenerate=True runs all the same"
+                f"teacher and student agree before the first step (mean held-out KL {divergence:.3g} nats at "
+                f"T = {temperature:g}): there is nothing to distil; allow_degenerate=True runs all the same"
             )
 
     def _metrics(self, state: RunState, history: dict[str, Any]) -> dict[str, Any]:
@@ -395,22 +450,44 @@ class Pipeline:
         return path
 
     def _save_student(self, path: Path, held_out: Batch) -> None:
-        """Save, load again, compare: a file that does not give the student's own logits is no checkpoint."""
+        """Save, load again, compare: a file that does not give the student back is no checkpoint."""
         self.student.save_checkpoint(path)
         if not path.exists():
             raise CheckpointError(f"{path}: the student's save_checkpoint wrote nothing")
         loaded = type(self.student).load(path)
         if not isinstance(loaded, StudentLogitsProvider):
             raise CheckpointError(f"{path}: the student's load returned {loaded!r}, which is no student")
-        part = next(_parts(held_out, self.config.batch_size))
-        ours, theirs = (
-            student.logits_per_position(part.input_ids)[0]
-            if self.config.per_position
-            else student.logits_for_batch(part.input_ids)
-            for student in (self.student, loaded)
-        )
-        if ours.shape != theirs.shape or ours.dtype != theirs.dtype or not np.array_equal(ours, theirs, equal_nan=True):
-            raise CheckpointError(f"{path}: the student loaded from it gives other logits than the one saved")
+        for part in self._parts(held_out):
+            ours, theirs = (
+                student.logits_per_position(part.input_ids)[0]
+                if self.config.per_position
+                else student.logits_for_batch(part.input_ids)
+                for student in (self.student, loaded)
+            )
+            if not _equal(ours, theirs):
+                raise CheckpointError(f"{path}: the student loaded from it gives other logits than the one saved")
+        if not self._compared_files:  # once a run: it costs a write, and what load leaves out it always leaves out
+            self._compare_files(path, loaded)
+            self._compared_files = True
+
+    def _compare_files(self, path: Path, loaded: StudentLogitsProvider) -> None:
+        """What the loaded student saves is what it was loaded from: no row and no optimiser state is missing."""
+        again = path.with_name(f"again-{path.name}")
+        try:
+            loaded.save_checkpoint(again)
+            if not again.exists():
+                raise CheckpointError(f"{path}: the student loaded from it saves nothing")
+            if _same_content(path, again):
+                return
+            if not _is_container(path):
+                # A format of its own: only where the same student writes the same bytes twice do others mean anything.
+                self.student.save_checkpoint(again)
+                if not filecmp.cmp(path, again, shallow=False):
+                    _log.info("%s: no two saves are alike, so that only the logits were compared", path.name)
+                    return
+            raise CheckpointError(f"{path}: the student loaded from it saves other arrays than the one saved")
+        finally:
+            again.unlink(missing_ok=True)
 
     def _restore(self, checkpoint: Path, held_out: Batch) -> dict[str, Any]:
         try:
@@ -421,6 +498,10 @@ class Pipeline:
                 raise ConfigError(
                     f"{checkpoint} belongs to another configuration: "
                     + ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in differing)
+                )
+            if saved["history"]["teacher"] != self._teacher_digest(held_out):
+                raise ConfigError(
+                    f"{checkpoint} belongs to another teacher: this one gives other logits for the held-out rows"
                 )
             for name in ("step", "epoch", "loss", "history"):
                 saved[name]
@@ -445,6 +526,32 @@ class Pipeline:
             "vocab_size": self.student.vocab_size,
             "held_out_labels": _digest(held_out.labels),
         }
+
+    def _teacher_digest(self, held_out: Batch) -> str | None:
+        """Enough to tell the teacher from another: its logits for the first held-out rows. None where it is not asked.
+
+        The teacher that was given is asked, and not the truncated one, whose account of lost mass is the run's.
+        """
+        if self.config.alpha == 1:
+            return None
+        part = next(self._parts(held_out))
+        if self.config.per_position:
+            logits, mask = self._whole_teacher.logits_per_position(part.for_teacher)
+            return _digest(logits[mask])
+        return _digest(self._whole_teacher.logits_for_batch(part.for_teacher))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other runs out of the output directory.
+
+        The file stays, since another run may have opened it already; the kernel ends the lock of a killed run.
+        """
+        with open(self._output / _LOCK_FILE, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"output_dir={str(self._output)!r} is in use by another run") from None
+            yield
 
     # --- reporting --------------------------------------------------------------------------------------------------
 
@@ -507,18 +614,57 @@ def _infinite(name: str, loss: float) -> NonFiniteError:
     )
 
 
-def _digest(labels: Any) -> str:
-    """Enough to tell the held-out rows of one data set from another's."""
-    values = np.ascontiguousarray(labels, np.int64)
-    return hashlib.blake2b(values.tobytes(), digest_size=8, salt=str(values.shape)[:16].encode()).hexdigest()
+def _cut_labels(labels: NDArray[np.int64], mask: NDArray[np.bool_], ignore_index: int) -> NDArray[np.int64]:
+    """Padded labels in the shape of the student's mask; a label where there is no position is an error."""
+    length = mask.shape[1]
+    ends = mask.sum(axis=1)
+    if not np.array_equal(mask, np.arange(length) < ends[:, None]):
+        raise ShapeError("the student's mask must have its rows padded on the right")
+    if labels.ndim != 2 or len(labels) != len(mask) or labels.shape[1] < length:
+        raise ShapeError(f"labels must have shape {mask.shape} like input_ids, got {labels.shape}")
+    beyond = (np.arange(labels.shape[1]) >= ends[:, None]) & (labels != ignore_index)
+    if beyond.any():
+        row, position = (int(i) for i in np.argwhere(beyond)[0])
+        raise ShapeError(
+            f"labels[{row}, {position}] is {labels[row, position]}, but row {row} of input_ids has {ends[row]} "
+            f"positions: beyond its end stands ignore_index={ignore_index}"
+        )
+    return labels[:, :length]
 
 
-def _parts(batch: Batch, rows: int) -> Iterator[Batch]:
-    """A batch in pieces of at most ``rows`` rows."""
-    for start in range(0, len(batch), rows):
-        part = slice(start, start + rows)
-        teacher_ids = None if batch.teacher_ids is None else batch.teacher_ids[part]
-        yield Batch(batch.input_ids[part], batch.labels[part], teacher_ids)
+def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True)
+
+
+def _same_content(path: Path, other: Path) -> bool:
+    """Whether two files of students are the same in their bytes or, if they are kdcore's, in arrays and metadata."""
+    if filecmp.cmp(path, other, shallow=False):
+        return True
+    try:
+        (arrays, metadata), (others, other_metadata) = read_arrays(path), read_arrays(other)
+    except CheckpointError:
+        return False
+    return (
+        metadata == other_metadata
+        and arrays.keys() == others.keys()
+        and all(_equal(array, others[name]) for name, array in arrays.items())
+    )
+
+
+def _is_container(path: Path) -> bool:
+    try:
+        read_arrays(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _digest(array: Any) -> str:
+    """Enough to tell one array from another."""
+    values = np.ascontiguousarray(array)
+    digest = hashlib.blake2b(f"{values.dtype} {values.shape}".encode(), digest_size=8)
+    digest.update(values.tobytes())
+    return digest.hexdigest()
 
 
 def _in_figures(metrics: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from kdcore.ops import kd_loss_and_gradient
 from kdcore.sequences import as_rows, pad_rows
 from kdcore.teachers.base import InputIds, TeacherLogitsProvider
 
-__all__ = ["kd_step", "kd_step_per_position"]
+__all__ = ["kd_step", "kd_step_per_position"]  # counted_kd_step is for the pipeline
 
 
 def kd_step(
@@ -61,13 +61,38 @@ def kd_step(
     >>> print(round(loss, 4), gradients.shape)
     6.7449 (2, 8)
     """
+    loss, gradient, _ = counted_kd_step(
+        teacher,
+        input_ids,
+        labels,
+        temperature,
+        alpha,
+        compute_student_logits,
+        divergence=divergence,
+        ignore_index=ignore_index,
+    )
+    return loss, gradient
+
+
+def counted_kd_step(
+    teacher: TeacherLogitsProvider,
+    input_ids: InputIds,
+    labels: Any,
+    temperature: float,
+    alpha: float,
+    compute_student_logits: Callable[[Any], Any],
+    *,
+    divergence: str,
+    ignore_index: int,
+) -> tuple[float, NDArray[Any], int]:
+    """:func:`kd_step`, and as a third the number of rows in its mean: those that are not masked."""
     _check_scalars(temperature, alpha)
     rows = list(input_ids)
     vocab_size = teacher.vocab_size
     if labels is not None and np.shape(labels) != (len(rows),):
         raise ShapeError(f"labels must have one entry for each of the {len(rows)} rows, got shape {np.shape(labels)}")
     if not rows:
-        return 0.0, np.empty((0, vocab_size), np.float32)
+        return 0.0, _no_gradient((0, vocab_size), labels, temperature, alpha, divergence, ignore_index), 0
     teacher_logits = None
     if alpha < 1:
         teacher_logits = _teacher_logits(teacher.logits_for_batch(input_ids), (len(rows), vocab_size))
@@ -84,7 +109,7 @@ def kd_step(
         reduction="sum",
     )
     count = len(rows) if labels is None else int(np.count_nonzero(np.asarray(labels) != ignore_index))
-    return float(result.loss) / max(count, 1), result.gradient
+    return float(result.loss) / max(count, 1), result.gradient, count
 
 
 def kd_step_per_position(
@@ -136,7 +161,8 @@ def kd_step_per_position(
         _same_lengths(target_mask, mask, "labels")
         mask = mask & (targets != ignore_index)
     if not target_mask.size:
-        return 0.0, np.empty((*mask.shape, vocab_size), np.float32), mask
+        shape = (*mask.shape, vocab_size)
+        return 0.0, _no_gradient(shape, labels, temperature, alpha, divergence, ignore_index), mask
 
     teacher_logits = None
     if alpha < 1:
@@ -164,9 +190,21 @@ def kd_step_per_position(
 
 
 def _check_scalars(temperature: Any, alpha: Any) -> None:
-    # Before anything is asked of the teacher, and for an empty batch too.
+    # Before anything is asked of the teacher; kd_loss_and_gradient looks again, once there are logits.
     positive_number(temperature, "temperature")
     number_in(alpha, "alpha", 0, 1)
+
+
+def _no_gradient(
+    shape: tuple[int, ...], labels: Any, temperature: float, alpha: float, divergence: str, ignore_index: int
+) -> NDArray[Any]:
+    """The gradient of no rows, from arguments that are checked as those of any other batch."""
+    logits = np.empty(shape, np.float32)
+    targets = None if labels is None else np.empty(shape[:-1], np.int64)
+    gradient: NDArray[Any] = kd_loss_and_gradient(
+        logits, logits, targets, temperature, alpha, divergence=divergence, ignore_index=ignore_index, reduction="sum"
+    ).gradient
+    return gradient
 
 
 def _teacher_logits(logits: Any, shape: tuple[int, ...]) -> NDArray[Any]:

@@ -56,6 +56,35 @@ def same(a, b):
         np.testing.assert_array_equal(a.teacher_ids, b.teacher_ids)
 
 
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [[1, 2], (1, 2), np.array([1, 2], np.int8), np.array([1, 2], np.uint64)])
+def test_labels_of_a_batch_become_an_int64_array(labels):
+    batch = Batch([[1], [2, 3]], labels)
+    assert isinstance(batch.labels, np.ndarray)
+    assert (batch.labels.dtype, batch.labels.tolist(), len(batch)) == (np.int64, [1, 2], 2)
+    assert Batch([[1, 2]], [[3, -100]]).labels.shape == (1, 2)
+    assert Batch([], []).labels.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "sentence"),
+    [
+        ([0.5, 1.0], DTypeError, "labels must be integers, got dtype float64"),
+        ([True, False], DTypeError, "labels must be integers, got dtype bool"),
+        ("12", ShapeError, r"labels must have shape \[B\] or \[B, L\], got \(\)"),
+        (None, ShapeError, r"labels must have shape \[B\] or \[B, L\], got \(\)"),
+        (np.zeros((2, 1, 1), int), ShapeError, r"labels must have shape \[B\] or \[B, L\], got \(2, 1, 1\)"),
+        ([[1, 2], [3]], ShapeError, "got rows of different lengths: pad them with ignore_index"),
+        ([2**63], DomainError, r"labels must be below 2\*\*63, got 9223372036854775808"),
+    ],
+)
+def test_labels_that_no_batch_can_have(labels, error, sentence):
+    with pytest.raises(error, match=sentence):
+        Batch([[1], [2]], labels)
+
+
 # --- shards ---------------------------------------------------------------------------------------------------------
 
 
@@ -267,12 +296,23 @@ def test_shares_that_cannot_be_held_out(tmp_path, share):
         ({"vocab_size": 0}, "vocab_size must be an integer of at least 1, got 0"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"seed": 1.5}, "seed must be an integer of at least 0, got 1.5"),
+        ({"wrap": "no"}, "wrap must be True or False, got 'no'"),
+        ({"per_position": 1}, "per_position must be True or False, got 1"),
+        ({"teacher_rows": None}, "teacher_rows must be True or False, got None"),
+        ({"directory": 3}, "directory must be a path, got 3"),
     ],
 )
 def test_shard_arguments_that_cannot_be(tmp_path, arguments, sentence):
     write_shards(tmp_path, np.arange(100))
     with pytest.raises((DomainError, DTypeError), match=sentence):
-        ShardBatchSource(tmp_path, **{"sequence_length": 4, **arguments})
+        ShardBatchSource(**{"directory": tmp_path, "sequence_length": 4, **arguments})
+
+
+def test_a_wrapping_pass_is_rounded_up_to_whole_batches(tmp_path):
+    source = ShardBatchSource(write_shards(tmp_path / "s", np.arange(60)), 4, wrap=True)  # 10 windows to train on
+    passes = [[source.next_batch(4) for _ in range(source.batches_per_epoch(4))] for _ in range(2)]
+    starts = [[int(ids[0]) // 5 for batch in batches for ids in batch.input_ids] for batches in passes]
+    assert starts == [[*range(10), 0, 1], [*range(2, 10), *range(4)]]
 
 
 # --- synthetic ------------------------------------------------------------------------------------------------------
@@ -315,6 +355,8 @@ def test_synthetic_per_position():
 def test_synthetic_arguments_that_cannot_be(name, value):
     with pytest.raises((DomainError, DTypeError), match=f"{name} must be an integer of at least 1, got {value}"):
         SyntheticBatchSource(**{"num_tokens": 4, name: value})
+    with pytest.raises(DTypeError, match="per_position must be True or False, got 'yes'"):
+        SyntheticBatchSource(4, per_position="yes")
 
 
 # --- arrays ---------------------------------------------------------------------------------------------------------
@@ -462,8 +504,69 @@ def test_a_state_of_another_data_set_or_order_is_refused():
         source(12, 1).restore(state)
     with pytest.raises(ConfigError, match="a batch source with seed 1 does not fit one with 2"):
         source(10, 2).restore(state)
-    with pytest.raises(KeyError):
+    with pytest.raises(ConfigError, match="got {} without epoch, input_ids, labels, position, rows, seed, wrap"):
         source(10, 1).restore({})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"position": 6}, "position must be at most 5, got 6"),
+        ({"position": -1}, "position must be an integer of at least 0, got -1"),
+        ({"position": 1.5}, "position must be an integer of at least 0, got 1.5"),
+        ({"epoch": None}, "epoch must be an integer of at least 0, got None"),
+        ({"epoch": -2}, "epoch must be an integer of at least 0, got -2"),
+    ],
+)
+def test_a_state_that_no_source_had_is_refused_and_changes_nothing(change, sentence):
+    source = ArrayBatchSource(np.zeros((10, 1), int), np.zeros(10, int), seed=1, held_out=0.5)
+    source.next_batch(2)
+    before = source.state()
+    with pytest.raises(ConfigError, match=f"the state of a batch source: {sentence}"):
+        source.restore(before | change)
+    for state in (None, [], 3):
+        with pytest.raises(ConfigError, match="state must be the state of a batch source like this one, got"):
+            source.restore(state)
+    for name in before:
+        with pytest.raises(ConfigError, match=f"without {name}"):
+            source.restore({key: value for key, value in before.items() if key != name})
+    assert source.state() == before
+
+
+def test_a_state_knows_what_determined_the_rows(tmp_path):
+    write_shards(tmp_path / "a", np.arange(60), np.arange(40))
+    write_shards(tmp_path / "b", np.arange(40), np.arange(60))  # as many windows, at other places
+
+    def shards(name="a", length=4, **arguments):
+        return ShardBatchSource(tmp_path / name, length, **arguments)
+
+    def synthetic(tokens=4, **arguments):
+        return SyntheticBatchSource(tokens, rows_per_epoch=20, **arguments)
+
+    def arrays(*shape, labels=(20,)):
+        return ArrayBatchSource(np.zeros(shape, int), np.zeros(labels, int))
+
+    for source, others in (
+        (shards(), {"shards": shards("b"), "wrap": shards(wrap=True), "per_position": shards(per_position=True)}),
+        (
+            synthetic(),
+            {
+                "num_tokens": synthetic(5),
+                "sequence_length": synthetic(sequence_length=2),
+                "per_position": synthetic(per_position=True),
+            },
+        ),
+        (arrays(20, 2), {"input_ids": arrays(20, 3), "labels": arrays(20, 2, labels=(20, 2))}),
+    ):
+        source.restore(source.state())
+        for name, other in others.items():
+            with pytest.raises(ConfigError, match=f"the state of a batch source with {name} .* does not fit one with"):
+                other.restore(source.state())
+    short = shards(held_out=0.2)
+    long = ShardBatchSource(write_shards(tmp_path / "c", np.arange(80), np.arange(20)), 3, held_out=9 / 25)
+    assert short.batches_per_epoch(1) == long.batches_per_epoch(1)
+    with pytest.raises(ConfigError, match="with sequence_length 4 does not fit one with 3"):
+        long.restore(short.state())
 
 
 def test_a_batch_larger_than_the_pass(tmp_path):

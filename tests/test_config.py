@@ -28,6 +28,7 @@ OUT_OF_RANGE = [
     ("output_dir", ""),
     ("output_dir", 3),
     ("output_dir", None),
+    ("output_dir", "a\0b"),
     ("temperature", 0),
     ("temperature", -1.0),
     ("temperature", float("nan")),
@@ -110,10 +111,12 @@ def test_numpy_scalars_become_plain_numbers():
         alpha=np.float64(0.25),
         batch_size=np.int64(4),
         max_steps=np.uint8(3),
+        per_position=np.True_,
     )
     plain = {name: value for name, value in dataclasses.asdict(config).items() if name != "output_dir"}
     assert json.loads(json.dumps(plain)) == plain
     assert (plain["temperature"], plain["alpha"], plain["batch_size"], plain["max_steps"]) == (2.0, 0.25, 4, 3)
+    assert plain["per_position"] is True
 
 
 # --- TOML -----------------------------------------------------------------------------------------------------------

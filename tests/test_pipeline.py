@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -106,7 +107,7 @@ def same_student(path, other):
 
 
 def names(directory):
-    return sorted(path.name for path in Path(directory).iterdir())
+    return sorted(path.name for path in Path(directory).iterdir() if path.name != ".lock")
 
 
 class Journal(Callback):
@@ -279,6 +280,110 @@ def test_ignored_rows_count_neither_in_training_nor_in_validation(tmp_path):
     np.add.at(table, ids[1:3, 0], -answer.gradient.astype(float))
     loaded = LogitStudent.load(result.output_path).logits_for_batch([[token] for token in range(V)])
     np.testing.assert_allclose(loaded, table, rtol=0, atol=1e-6)
+
+
+def test_labels_may_come_as_lists(tmp_path):
+    class Lists(ArrayBatchSource):
+        def next_batch(self, batch_size):
+            batch = super().next_batch(batch_size)
+            return Batch(batch.input_ids.tolist(), batch.labels.tolist())
+
+    rng = np.random.default_rng(0)
+    ids, labels = rng.integers(V, size=(40, 1)), rng.integers(V, size=40)
+    labels[::3] = -100
+    results = [
+        pipeline(tmp_path / source.__name__, batches=source(ids, labels, seed=1)).execute()
+        for source in (Lists, ArrayBatchSource)
+    ]
+    same_student(*(result.output_path for result in results))
+
+
+class RaggedSource(SyntheticBatchSource):
+    """Rows of one to four tokens, two of them a batch; every second of the longer rows has a masked position."""
+
+    rows = [[1, 2, 3], [4], [5, 6], [7, 1, 2, 3]]  # noqa: RUF012
+    labels = [[2, 3, 4], [5], [6, -100], [1, 2, 3, 4]]  # noqa: RUF012
+
+    def __init__(self, padding=-100, width=4):
+        super().__init__(2, rows_per_epoch=4)
+        self.padding, self.width = padding, width
+
+    def batch(self, rows):
+        padded = np.full((len(rows), self.width), self.padding)
+        for i, row in enumerate(rows):
+            padded[i, : len(self.labels[row])] = self.labels[row]
+        return Batch([self.rows[row] for row in rows], padded)
+
+    def next_batch(self, batch_size):
+        return self.batch(super().next_batch(batch_size).input_ids[:, 0] + [0, 2])
+
+    def held_out(self):
+        return self.batch([3, 1, 2])
+
+
+class RaggedTeacher(Bigram):
+    def logits_per_position(self, input_ids):
+        lengths = np.array([len(row) for row in input_ids])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        logits = np.full((*mask.shape, V), np.nan, np.float32)
+        logits[mask] = self.table[np.concatenate(input_ids)]
+        return logits, mask
+
+
+@pytest.mark.parametrize("elements", [1 << 21, 1], ids=["in one piece", "in pieces"])
+def test_ragged_rows_have_padded_labels(elements, tmp_path, monkeypatch):
+    monkeypatch.setattr("kdcore.pipeline._EVALUATION_ELEMENTS", elements)
+    run = pipeline(
+        tmp_path / "run", teacher=RaggedTeacher(), batches=RaggedSource(), per_position=True, batch_size=2, max_steps=1
+    )
+    result = run.execute()
+    source = RaggedSource()
+
+    def answer(rows):
+        tokens = np.concatenate([source.rows[row] for row in rows])
+        labels = np.concatenate([source.labels[row] for row in rows])
+        kept = labels != -100
+        return tokens[kept], oracle.kd(np.zeros((kept.sum(), V)), Bigram().table[tokens[kept]], labels[kept], 2.0, 0.5)
+
+    _, held_out = answer([3, 1, 2])
+    assert result.metrics["initial_loss"] == pytest.approx(float(held_out.loss), rel=1e-6)
+    tokens, step = answer([0, 3])
+    table = np.zeros((V, V))
+    np.add.at(table, tokens, -step.gradient.astype(float))
+    loaded = LogitStudent.load(result.output_path).logits_for_batch([[token] for token in range(V)])
+    np.testing.assert_allclose(loaded, table, rtol=0, atol=1e-6)
+    assert np.abs(table).max() > 0.05
+
+
+def test_d2_labels_beyond_the_end_of_a_row_are_refused(tmp_path):
+    def run(name, batches):
+        return pipeline(
+            tmp_path / name, teacher=RaggedTeacher(), batches=batches, per_position=True, batch_size=2
+        ).execute()
+
+    sentence = r"labels\[1, 1\] is 0, but row 1 of input_ids has 1 positions: beyond its end stands ignore_index=-100"
+    with pytest.raises(ShapeError, match=sentence):
+        run("validation", RaggedSource(padding=0))
+
+    class BadTraining(RaggedSource):
+        def next_batch(self, batch_size):
+            batch = super().next_batch(batch_size)
+            batch.labels[0, 3] = 5
+            return batch
+
+    with pytest.raises(ShapeError, match=r"labels\[0, 3\] is 5, but row 0 of input_ids has 3 positions"):
+        run("training", BadTraining())
+
+    class LeftPadded(LogitStudent):
+        def logits_per_position(self, input_ids):
+            logits, mask = super().logits_per_position(input_ids)
+            return logits[:, ::-1], mask[:, ::-1]
+
+    with pytest.raises(ShapeError, match="the student's mask must have its rows padded on the right"):
+        pipeline(
+            tmp_path / "left", student=LeftPadded(V, context=1), teacher=RaggedTeacher(), batches=RaggedSource(),
+            per_position=True,
+        ).execute()  # fmt: skip
 
 
 def test_alpha_one_does_not_ask_the_teacher(tmp_path):
@@ -526,14 +631,86 @@ def test_d6_nothing_stands_in_for_a_teacher_student_or_source(tmp_path):
         Pipeline(config, **{**parts, "student": Bigram()})  # a teacher learns nothing
 
 
+def test_callbacks_are_callbacks(tmp_path):
+    with pytest.raises(ConfigError, match=r"callbacks\[1\] must be a Callback, got <built-in function print>"):
+        pipeline(tmp_path / "run", callbacks=[Journal(), print])
+    with pytest.raises(ConfigError, match=r"callbacks\[0\] must be a Callback, got <class"):
+        pipeline(tmp_path / "run", callbacks=[Journal])
+    with pytest.raises(ConfigError, match="callbacks must be a sequence of Callback, got <"):
+        pipeline(tmp_path / "run", callbacks=Journal())
+
+
+class OneRun(Callback):
+    """Tries a second run in the directory of the first."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.errors = []
+
+    def on_step_end(self, state):
+        for resume in (False, True):
+            try:
+                pipeline(self.directory).execute(resume=resume)
+            except ConfigError as error:
+                self.errors.append(str(error))
+
+
+def test_two_runs_at_once_are_refused(tmp_path):
+    second = OneRun(tmp_path / "run")
+    result = pipeline(tmp_path / "run", callbacks=[second], checkpoint_every=1, max_steps=3).execute()
+    assert len(second.errors) == 6
+    assert "holds no checkpoint to resume from" in second.errors.pop(1)
+    assert all(re.search("output_dir='.*run' is in use by another run", error) for error in second.errors)
+    alone = pipeline(tmp_path / "alone", checkpoint_every=1, max_steps=3).execute()
+    same_student(result.output_path, alone.output_path)
+    assert pipeline(tmp_path / "run", max_steps=4).execute(resume=True).metrics["steps"] == 4  # the lock is gone
+
+
+def test_a_crashed_run_leaves_no_lock(tmp_path):
+    with pytest.raises(InterruptedError):
+        pipeline(tmp_path / "run", callbacks=[CrashAt(3)], checkpoint_every=2).execute()
+    assert pipeline(tmp_path / "run").execute(resume=True).metrics["steps"] == 20
+
+
+class Table(Bigram):
+    def __init__(self, table):
+        self.table = np.asarray(table, np.float32)
+
+
+def table_student(table):
+    student = LogitStudent(V, context=1, learning_rate=1.0)
+    student.logits_for_batch([[token] for token in range(V)])
+    student.apply_kd_gradient(-np.asarray(table), denominator=1)
+    return student
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0, 30.0, 1000.0, 1e5, 1e9])
+def test_d13_agreement_does_not_depend_on_the_temperature(divergence, temperature, tmp_path):
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(V, V))
+
+    def run(name, teacher, student):
+        return pipeline(
+            tmp_path / name, teacher=Table(teacher), student=table_student(student), divergence=divergence,
+            temperature=temperature, max_steps=1, alpha=0.0,
+        ).execute()  # fmt: skip
+
+    assert run("apart", noise, np.zeros((V, V))).metrics["steps"] == 1
+    # Gaps of 9 T and 6 T: probabilities of 1e-4 and 2e-3, whose T² KL is below any bound if T is small.
+    assert run("cold", 9 * temperature * np.eye(V), 6 * temperature * np.eye(V)).metrics["steps"] == 1
+    rounded = {f"rounded-{i}": noise + 1e-6 * rng.normal(size=(V, V)) for i in range(8)}
+    for name, other in {"same": noise, **rounded}.items():
+        with pytest.raises(DegenerateTeacherError, match="teacher and student agree before the first step"):
+            run(name, noise, other)
+
+
 def test_d13_a_student_that_agrees_with_its_teacher_is_refused(tmp_path):
     first = pipeline(tmp_path / "first", student=momentum_student()).execute()
     run = pipeline(
         tmp_path / "run", teacher=LinearStudent.load(first.output_path), student=LinearStudent.load(first.output_path)
     )
-    sentence = (
-        r"teacher and student agree before the first step \(mean held-out KL .* nats\): there is nothing to distil"
-    )
+    sentence = r"teacher and student agree before the first step \(mean held-out KL 0 nats at T = 2\): there is nothing"
     with pytest.raises(DegenerateTeacherError, match=sentence):
         run.execute()
     assert names(tmp_path / "run") == ["run.log"]  # nothing that looks like a result
@@ -755,12 +932,102 @@ def test_d5_d10_a_checkpoint_that_is_not_the_student_is_no_success(load, sentenc
     assert not [name for name in names(tmp_path / "run" / "checkpoints") if not name.endswith(".part")]
 
 
+def test_d5_every_held_out_row_is_compared(tmp_path, monkeypatch):
+    class Ends(LogitStudent):
+        """Loads all of its table but the row of token 7."""
+
+        @classmethod
+        def load(cls, path):
+            student = super().load(path)
+            student._table[7] = 0.0
+            student.save_checkpoint = lambda again: Path(again).write_bytes(Path(path).read_bytes())
+            return student
+
+    monkeypatch.setattr("kdcore.pipeline._EVALUATION_ELEMENTS", 1)
+    held_out = Batch(np.arange(V)[:, None], np.arange(V))  # in two pieces, of which the second has token 7
+    student = Ends(V, context=1, learning_rate=1.0)
+    with pytest.raises(CheckpointError, match="the student loaded from it gives other logits than the one saved"):
+        pipeline(tmp_path / "run", student=student, batches=arrays(held_out=held_out)).execute()
+
+
+def forgets(cls, path):
+    student = super(cls, cls).load(path)
+    student._velocity["bias"][...] = 0.0
+    return student
+
+
+def own_format(stamp, complete=False):
+    """Methods of a student that saves in a format of its own, in which ``stamp`` bytes differ from save to save.
+
+    Unless it is ``complete``, a loaded student has no velocity.
+    """
+
+    def save(self, path):
+        arrays = [self.weight, self.bias, self._velocity["weight"], self._velocity["bias"]]
+        Path(path).write_bytes(b"own" + os.urandom(stamp) + b"".join(array.tobytes() for array in arrays))
+
+    def load(cls, path):
+        student = cls(V, V, learning_rate=0.3)
+        values = np.frombuffer(Path(path).read_bytes()[3 + stamp :], np.float32)
+        student.weight[...], student.bias[...] = values[: V * V].reshape(V, V), values[V * V : V * V + V]
+        if complete:
+            velocity = values[V * V + V :]
+            student._velocity = {"weight": velocity[: V * V].reshape(V, V).copy(), "bias": velocity[V * V :].copy()}
+        return student
+
+    return {"save_checkpoint": save, "load": classmethod(load)}
+
+
+@pytest.mark.parametrize("methods", [{"load": classmethod(forgets)}, own_format(stamp=0)], ids=["hdf5", "own format"])
+def test_d5_an_optimiser_that_is_not_loaded_is_no_success(methods, tmp_path):
+    student = type("Forgetful", (LinearStudent,), methods)(V, V, learning_rate=0.3)
+    with pytest.raises(CheckpointError, match="the student loaded from it saves other arrays than the one saved"):
+        pipeline(tmp_path / "run", student=student).execute()
+    assert not (tmp_path / "run" / "student.h5").exists()
+
+
+def test_d5_a_loaded_student_that_cannot_save_is_no_success(tmp_path):
+    def load(cls, path):
+        student = super(cls, cls).load(path)
+        student.save_checkpoint = lambda path: None
+        return student
+
+    with pytest.raises(CheckpointError, match="the student loaded from it saves nothing"):
+        pipeline(tmp_path / "run", student=broken("Once", load=classmethod(load))).execute()
+
+
+def test_d5_a_format_of_its_own_is_compared_byte_by_byte(tmp_path):
+    student = type("Own", (LinearStudent,), own_format(stamp=0, complete=True))(V, V, learning_rate=0.3)
+    assert pipeline(tmp_path / "run", student=student).execute().metrics["steps"] == 20
+    assert "no two saves" not in (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
+
+
+def test_d5_files_that_never_repeat_are_compared_by_their_logits_and_the_log_says_so(tmp_path):
+    student = type("Stamped", (LinearStudent,), own_format(stamp=8))(V, V, learning_rate=0.3)
+    pipeline(tmp_path / "run", student=student, checkpoint_every=10).execute()
+    log = (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
+    assert log.count("student.h5: no two saves are alike, so that only the logits were compared") == 1
+    assert names(tmp_path / "run" / "checkpoints" / "step-0000000020") == ["state.json", "student.h5"]
+
+
+def test_d5_a_container_with_other_bytes_and_the_same_arrays_is_the_same(tmp_path):
+    class Padded(LogitStudent):
+        def save_checkpoint(self, path):
+            super().save_checkpoint(path)
+            with open(path, "ab") as file:
+                file.write(os.urandom(8))
+
+    result = pipeline(tmp_path / "run", student=Padded(V, context=1, learning_rate=1.0)).execute()
+    assert "no two saves" not in (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
+    assert result.metrics["steps"] == 20
+
+
 def test_d5_a_failed_save_stops_the_run_and_leaves_no_half_checkpoint(tmp_path):
     class Full(LogitStudent):
         saves = 0
 
         def save_checkpoint(self, path):
-            Full.saves += 1
+            Full.saves += Path(path).name == "student.h5"
             if Full.saves == 3:
                 Path(path).write_bytes(b"half")
                 raise OSError(28, "No space left on device")
@@ -819,7 +1086,7 @@ class KilledStudent(LinearStudent):
     saves = 0
 
     def save_checkpoint(self, path):
-        type(self).saves += 1
+        type(self).saves += Path(path).name == "student.h5"
         super().save_checkpoint(path)
         if type(self).saves == 3:
             signal.raise_signal(signal.SIGKILL)
@@ -972,6 +1239,38 @@ def test_a_resumed_run_is_the_same_run(change, sentence, tmp_path):
     pipeline(tmp_path / "run", max_steps=3).execute()
     with pytest.raises(ConfigError, match=f"belongs to another configuration: {sentence}"):
         pipeline(tmp_path / "run", **change).execute(resume=True)
+
+
+@pytest.mark.parametrize("per_position", [False, True])
+def test_a_resumed_run_has_the_same_teacher(per_position, tmp_path):
+    def run(teacher, **arguments):
+        batches = arrays(per_position=per_position)
+        made = pipeline(tmp_path / "run", teacher=teacher, batches=batches, per_position=per_position, **arguments)
+        return made.execute(resume="epochs" in arguments)
+
+    run(Bigram(), max_steps=3)
+    with pytest.raises(
+        ConfigError, match="belongs to another teacher: this one gives other logits for the held-out rows"
+    ):
+        run(Bigram(seed=1), epochs=2)
+    assert run(Bigram(), epochs=2).metrics["steps"] == 20
+
+
+def test_a_resumed_run_has_the_same_teacher_where_it_is_truncated(tmp_path):
+    def run(teacher, **arguments):
+        return pipeline(tmp_path / "run", teacher=teacher, vocabulary="truncate", **arguments)
+
+    run(Bigram(V + 3), max_steps=3).execute()
+    other = Bigram(V + 3)
+    other.table[:, V:] += 1  # a class that is cut off
+    with pytest.raises(ConfigError, match="belongs to another teacher"):
+        run(other).execute(resume=True)
+
+
+def test_a_resumed_run_without_a_teacher_does_not_ask_it(tmp_path):
+    pipeline(tmp_path / "run", teacher=Bigram(), alpha=1.0, max_steps=3).execute()
+    resumed = pipeline(tmp_path / "run", teacher=Silent(), alpha=1.0).execute(resume=True)
+    assert resumed.metrics["steps"] == 20
 
 
 def test_a_resumed_run_has_the_same_order_of_rows(tmp_path):

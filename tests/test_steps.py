@@ -249,6 +249,22 @@ def test_d7_scalars_are_checked_before_anything_is_asked(form, temperature, alph
             form(Silent(), ids, [[1]] * len(ids), temperature, alpha, in_order([]))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        ({"divergence": "kl"}, DomainError, "divergence must be one of 'forward_kl', 'reverse_kl'.*, got 'kl'"),
+        ({"ignore_index": 0.5}, DTypeError, "ignore_index must be an integer, got 0.5"),
+        ({"labels": None}, LabelError, "labels are needed unless alpha is 0"),
+    ],
+)
+@pytest.mark.parametrize(("form", "ids"), [(kd_step, []), (kd_step_per_position, []), (kd_step_per_position, [[], []])])
+def test_an_empty_batch_is_checked_like_any_other(form, ids, arguments, error, sentence):
+    rest = dict(arguments)
+    labels = rest.pop("labels", ids)
+    with pytest.raises(error, match=sentence):
+        form(Silent(), ids, labels, 4.0, 0.5, in_order([]), **rest)
+
+
 def test_an_unknown_divergence_is_named():
     with pytest.raises(DomainError, match="divergence must be one of 'forward_kl', 'reverse_kl'.*, got 'kl'"):
         kd_step(Recorder(), IDS, LABELS, 4.0, 0.5, in_order(student_rows()), divergence="kl")
