@@ -380,6 +380,11 @@ class ShardBatchSource(_RowSource):
             },
         )
 
+    @property
+    def token_count(self) -> int:
+        """The tokens of all shards together; with ``teacher_rows``, as many rows as the teacher must have."""
+        return sum(len(tokens) for tokens in self._tokens)
+
     def held_out(self) -> Batch:
         """The last windows."""
         return self._batch(np.arange(self._train, len(self._windows)))

@@ -48,7 +48,13 @@ def pipeline_from_toml(path: str | PathLike[str]) -> Pipeline:
         "teacher_rows": getattr(teacher, "address", None) == "row",
         "vocab_size": student.vocab_size,
     }
-    return Pipeline(config, teacher=teacher, student=student, batches=_build(path, tables, "batches", **given))
+    batches = _build(path, tables, "batches", **given)
+    if given["teacher_rows"] and len(teacher) < batches.token_count:
+        raise ConfigError(
+            f"{path}: the teacher {teacher.path} has {len(teacher)} rows for the {batches.token_count} tokens of the "
+            'shards; with address = "row" it needs a row for each'
+        )
+    return Pipeline(config, teacher=teacher, student=student, batches=batches)
 
 
 def _build(path: str | PathLike[str], tables: dict[str, Any], name: str, **given: Any) -> Any:

@@ -122,6 +122,12 @@ def test_mistakes_of_type_are_named(folder, capsys, old, new, message):
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_teacher_with_too_few_rows_is_found_before_the_run(folder, capsys):
+    kdcore.save_teacher_logits(folder.path / "teacher.h5", 5 * np.eye(590, 11, dtype=np.float32))
+    assert main(["distill", "--config", str(folder())]) == 1
+    assert re.search("has 590 rows for the 600 tokens of the shards", capsys.readouterr().err)
+
+
 def test_missing_files_are_named(tmp_path, capsys):
     assert main(["distill", "--config", str(tmp_path / "none.toml")]) == 1
     assert "none.toml" in capsys.readouterr().err
