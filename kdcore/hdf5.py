@@ -25,6 +25,7 @@ import h5py
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from kdcore.checks import file_path, integer
 from kdcore.errors import (
     CheckpointError,
     DomainError,
@@ -76,7 +77,8 @@ _TYPE_CLASSES = {
 
 # HDF5 serialises its calls anyway. Holding this lock across a fork keeps the library's state whole in the child.
 _LOCK = threading.Lock()
-os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
 
 @contextmanager
@@ -94,6 +96,8 @@ def _damage_named(where: str) -> Iterator[None]:
 
 def _parts(name: str) -> list[str]:
     """The components of the path of an object in a file."""
+    if not isinstance(name, str):
+        raise DTypeError(f"the name of an array must be a string, got {name!r}")
     parts = name.split("/")
     if not all(parts) or "." in parts or "\0" in name:
         raise DomainError(f"{name!r} is not the name of an array: it must be like 'logits' or 'optimizer/velocity'")
@@ -121,17 +125,27 @@ def _matching(stored: Any, dtypes: Iterable[str]) -> np.dtype[Any] | None:
 class SafeFile:
     """A read-only HDF5 file of unknown origin, of which only plain arrays and scalars are handed out.
 
-    Parameters: ``path`` of the file; ``max_bytes``, the most that one array may declare (default 4 TiB).
-
-    A missing path raises :class:`FileNotFoundError` and a directory :class:`IsADirectoryError`, as ``open`` does.
-    Features outside the allow-list raise :class:`~kdcore.errors.UnsafeFileError`, everything else that is not as
-    expected :class:`~kdcore.errors.FileFormatError`; messages name the file, the object and the offending value.
-
     Threads may share it, and forked processes too: a child reopens the file, and refuses one that changed meanwhile.
+
+    Parameters
+    ----------
+    path
+        The file.
+    max_bytes : int
+        The most that one array may declare; 4 TiB by default.
+
+    Raises
+    ------
+    FileNotFoundError, IsADirectoryError
+        As ``open`` does.
+    UnsafeFileError
+        Features outside the allow-list. Messages name the file, the object and the offending value.
+    FileFormatError
+        Everything else that is not as expected.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> None:
-        self.path = Path(path).absolute()
+        self.path = file_path(path, "path").absolute()
         self.max_bytes = max_bytes
         self._open()
 
@@ -205,8 +219,16 @@ class SafeFile:
     ) -> StoredArray:
         """The array under ``name``, after every check that does not read it.
 
-        ``dtypes``: NumPy type strings such as ``"<f4"``. ``ndim``: the expected rank, if any. ``max_ratio``: the most
-        that the declared bytes may exceed the stored ones.
+        Parameters
+        ----------
+        name : str
+            Such as ``"teacher/logits"``.
+        dtypes : collection of str
+            Those that are expected, as NumPy type strings such as ``"<f4"``.
+        ndim : int, optional
+            The expected rank.
+        max_ratio : float
+            The most that the declared bytes may exceed the stored ones.
         """
         where = f"{self.path}: {name!r}"
         with self._reading(where):
@@ -378,7 +400,7 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
 
     The file is on disk before its name is, so that after a crash ``path`` is the old file or the new one.
     """
-    final = Path(path).absolute()
+    final = file_path(path, "path").absolute()
     if final.is_dir():
         raise IsADirectoryError(f"{final} is a directory, so no file can be written there")
     if not final.parent.is_dir():
@@ -450,15 +472,28 @@ def _checksum(arrays: Mapping[str, NDArray[Any]], metadata: Metadata) -> str:
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], metadata: Metadata) -> None:
     """Write a checkpoint: named arrays and a flat dictionary, in one file that appears whole or not at all.
 
-    Parameters: ``arrays``, of any shape, by names such as ``"weight"`` or ``"optimizer/velocity"``, little-endian
-    integers of 8 to 64 bits or floats of 16, 32 or 64; ``metadata``, of strings, integers, floats and booleans.
-
     A file that was at ``path`` is replaced, or left as it was if writing fails. The file carries a BLAKE2b checksum of
     the names, types, shapes, values and metadata.
 
-    Raises :class:`~kdcore.errors.DTypeError` for other types, :class:`~kdcore.errors.DomainError` for a name that is
-    empty or lies inside another array's.
+    Parameters
+    ----------
+    path
+        The file.
+    arrays : mapping of str to array
+        Of any shape, by names such as ``"weight"`` or ``"optimizer/velocity"``; little-endian integers of 8 to 64
+        bits or floats of 16, 32 or 64.
+    metadata : mapping
+        Strings, integers, floats and booleans, by strings.
 
+    Raises
+    ------
+    DTypeError
+        Other types.
+    DomainError
+        A name that is empty or lies inside another array's.
+
+    Examples
+    --------
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_arrays(f"{folder}/student.h5", {"weight": np.arange(3.0)}, {"step": 7})
@@ -495,9 +530,17 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], 
     feature outside the allow-list of :class:`SafeFile`, raises :class:`~kdcore.errors.CheckpointError`; a missing one
     :class:`FileNotFoundError`.
     """
+    with _reading_checkpoint(path) as file:
+        return _read_checkpoint(file)
+
+
+@contextmanager
+def _reading_checkpoint(path: str | os.PathLike[str]) -> Iterator[SafeFile]:
+    """The file at ``path``; whatever is wrong with its content is a :class:`CheckpointError`."""
+    path = file_path(path, "path")
     try:
         with SafeFile(path) as file:
-            return _read_checkpoint(file)
+            yield file
     except (FileFormatError, UnsafeFileError, DomainError) as error:
         raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
 
@@ -532,14 +575,11 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]],
 
     A file that :func:`write_arrays` wrote is read as such, checksum and all. Errors as for :func:`read_arrays`.
     """
-    try:
-        with SafeFile(path) as file:
-            if file.attribute("/", "format", str) == CHECKPOINT_FORMAT:
-                return _read_checkpoint(file)
-            arrays = {name: file.dataset(name, dtypes=FLOATS).read() for name in file.names()}
-            activation = file.attribute("/", "activation", str)
-    except (FileFormatError, UnsafeFileError, DomainError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
+    with _reading_checkpoint(path) as file:
+        if file.attribute("/", "format", str) == CHECKPOINT_FORMAT:
+            return _read_checkpoint(file)
+        arrays = {name: file.dataset(name, dtypes=FLOATS).read() for name in file.names()}
+        activation = file.attribute("/", "activation", str)
     return arrays, {} if activation is None else {"activation": activation}
 
 
@@ -585,7 +625,10 @@ def _logits_dtype(dtype: DTypeLike, argument: str) -> np.dtype[Any]:
             raise MissingDependencyError("dtype='bfloat16' needs the package ml_dtypes") from error
         bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
         return bfloat16
-    asked = np.dtype(dtype)
+    try:
+        asked = np.dtype(dtype)
+    except TypeError:
+        raise DTypeError(f"{argument} must be float16, float32, float64 or bfloat16, got {dtype!r}") from None
     if asked.str not in FLOATS and asked.name != "bfloat16":
         raise DTypeError(f"{argument} must be float16, float32, float64 or bfloat16, got {asked}")
     return asked
@@ -623,24 +666,39 @@ def save_teacher_logits(
 ) -> None:
     """Write a file of teacher logits that :class:`~kdcore.HDF5Teacher` reads. N rows, V classes.
 
-    Parameters:
+    Parameters
+    ----------
+    path
+        The file, which appears whole or not at all.
+    logits : array [N, V], or iterable of arrays [b, V]
+        Blocks hold the rows in order, so that not all need to be held at once. float16, float32, float64 or bfloat16.
+        Log-probabilities are logits too (a row may be shifted by any constant), and are the better choice in 16 bits:
+        the likely classes are near 0, where rounding is finest.
+    input_ids : N rows of token ids in [0, 2**32), optional
+        Distinct, ragged or not, for ``address="content"``. Stored beside the dataset as ``keys`` uint64 [N], ``ids``
+        uint32 [N, L], right-padded with 0, and ``lengths`` uint32 [N].
+    n_rows, vocab_size : int, optional
+        N (by default the number of rows of input_ids) and V; required with an iterable.
+    dataset : str
+        The name in the file; ``"teacher/logits"`` makes a group.
+    dtype : optional
+        As stored; by default that of the array; required with an iterable. bfloat16 is stored as uint16 with the
+        attribute ``dtype="bfloat16"``.
+    compression : {"gzip", "lzf"}, optional
+        Dense logits hardly compress, and uncompressed files are read fastest, so None by default.
+    metadata : mapping, optional
+        Strings and numbers about the teacher, which the reader offers as ``metadata``.
 
-    - ``logits``: an array [N, V], or an iterable of blocks [b, V] of its rows in order, so that not all need to be
-      held at once. float16, float32, float64 or bfloat16. Log-probabilities are logits too (a row may be shifted by
-      any constant), and are the better choice in 16 bits: the likely classes are near 0, where rounding is finest.
-    - ``input_ids``: N distinct rows of token ids in [0, 2**32), ragged or not, for ``address="content"``. Stored beside
-      the dataset as ``keys`` uint64 [N], ``ids`` uint32 [N, L], right-padded with 0, and ``lengths`` uint32 [N].
-    - ``n_rows`` (default: the number of rows of input_ids) and ``vocab_size``: N and V, required with an iterable.
-    - ``dataset``: the name in the file; ``"teacher/logits"`` makes a group.
-    - ``dtype``: as stored; by default that of the array; required with an iterable. bfloat16 is stored as uint16 with
-      the attribute ``dtype="bfloat16"``.
-    - ``compression``: dense logits hardly compress, and uncompressed files are read fastest, so None by default.
-    - ``metadata``: strings and numbers about the teacher, which the reader offers as ``metadata``.
+    Raises
+    ------
+    NonFiniteError
+        NaN, +inf or a row of nothing but -inf. Errors of values name the row.
+    DomainError
+        A finite value that does not fit ``dtype``; contents that repeat.
+    ShapeError, DTypeError
 
-    The file appears under ``path`` whole or not at all. Errors name the row: :class:`~kdcore.errors.NonFiniteError` for
-    NaN, +inf or a row of nothing but -inf; :class:`~kdcore.errors.DomainError` for a finite value that does not fit
-    ``dtype``, and for contents that repeat; :class:`~kdcore.errors.ShapeError`, :class:`~kdcore.errors.DTypeError`.
-
+    Examples
+    --------
     >>> import tempfile
     >>> from kdcore.teachers.hdf5 import HDF5Teacher
     >>> log_p = np.log(np.array([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]], np.float32))
@@ -667,6 +725,7 @@ def save_teacher_logits(
         blocks = logits
         if n_rows is None or vocab_size is None or dtype is None:
             raise ShapeError("an iterable of blocks needs n_rows (or input_ids), vocab_size and dtype")
+        n_rows, vocab_size = integer(n_rows, "n_rows"), integer(vocab_size, "vocab_size")
     if n_rows < 0 or vocab_size < 1:
         raise ShapeError(f"logits must have the shape [N >= 0, V >= 1], got [{n_rows}, {vocab_size}]")
 
@@ -717,6 +776,6 @@ def save_teacher_logits(
 
 
 def _agreed(argument: str, given: int | None, actual: int, source: str) -> int:
-    if given is not None and given != actual:
+    if given is not None and integer(given, argument) != actual:
         raise ShapeError(f"{argument} is {given}, but there are {actual} {source}")
     return actual

@@ -21,7 +21,8 @@ MODULES = {
 #: Floors of the house. A unit is a module or subpackage directly under kdcore; it imports from lower floors and itself.
 FLOORS = [
     {"_version", "errors"},
-    {"rowstatus", "objective", "formulas", "checks", "sequences", "divergences"},
+    {"checks"},
+    {"rowstatus", "objective", "formulas", "sequences", "divergences"},
     {"cpu", "cuda", "hdf5"},
     {"ops"},
     {"students", "teachers"},

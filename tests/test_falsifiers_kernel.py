@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from hypothesis import given, strategies as st
-from strategies import alphas, logit_pairs, temperatures
+from strategies import alphas, logit_pairs, logits_arrays, temperatures
 
 import kdcore
 
@@ -100,6 +100,13 @@ def test_kd_step_sanity_softmax_sums_to_one(dtype):
     assert abs(p.sum() - 1) <= 1e-6 and (p >= 0).all()
 
 
+@given(logits_arrays(dtypes=(np.dtype(np.float32),)), temperatures)
+def test_kd_step_sanity_softmax_of_any_logits(x, temperature):
+    p = kdcore.softmax(x, temperature)
+    assert (p >= 0).all()
+    np.testing.assert_allclose(p.sum(axis=-1, dtype=float), 1.0, rtol=0, atol=1e-6)
+
+
 def test_kd_step_sanity_cross_entropy_gradient_of_a_uniform_student():
     gradient = kdcore.kd_logit_gradient(np.zeros(4), np.zeros(4), 2, T, 1.0)
     np.testing.assert_allclose(gradient, [0.25, 0.25, -0.75, 0.25], rtol=0, atol=1e-6)
@@ -110,13 +117,14 @@ def test_kd_step_sanity_loss_of_a_uniform_student_is_log_four():
     assert abs(loss - log(4)) <= 1e-5
 
 
-def test_kd_step_sanity_a_batch_of_two():
-    s = np.zeros((2, 8), np.float32)
-    t = np.zeros((2, 8), np.float32)
-    t[0, 3] = t[1, 5] = 10.0
-    result = kdcore.kd_loss_and_gradient(s, t, [3, 5], T, 0.5)
-    assert 0 < result.loss < np.inf and result.gradient.shape == (2, 8)
-    assert result.gradient.argmin(axis=-1).tolist() == [3, 5]
+@given(logits_arrays(dtypes=(np.dtype(np.float32),)), st.floats(-100, 100), temperatures, st.data())
+def test_kd_step_sanity_of_any_uniform_student(teacher, level, temperature, data):
+    """Both of the above, for any teacher, label and temperature: at alpha = 1, 1/V less the label, and log V."""
+    t = teacher[0]
+    y = data.draw(st.integers(0, t.size - 1))
+    result = kdcore.kd_loss_and_gradient(np.full_like(t, level), t, y, temperature, 1.0)
+    np.testing.assert_allclose(result.gradient, 1 / t.size - (np.arange(t.size) == y), rtol=0, atol=1e-6)
+    assert abs(result.loss - log(t.size)) <= 1e-5
 
 
 # --- F-KD-FORWARD-KL -----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -628,6 +629,33 @@ def test_content_key_does_not_wrap(ids):
 def test_content_key_takes_one_row_of_integers(ids, error):
     with pytest.raises(error, match="ids must be"):
         content_key(ids)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "words"),
+    [(5, DTypeError, "path must be a path, got 5"), ("a\0b", DomainError, "with a null byte")],
+)
+def test_what_is_no_path(bad, error, words):
+    for use in (SafeFile, read_arrays, hdf5.read_tensors, lambda path: write_arrays(path, {}, {})):
+        with pytest.raises(error, match=words):
+            use(bad)
+
+
+def test_names_are_strings(path):
+    with pytest.raises(DTypeError, match="the name of an array must be a string, got 5"):
+        write_arrays(path, {5: ROWS}, {})
+    write_arrays(path, {"x": ROWS}, {})
+    with SafeFile(path) as file:
+        for use in (lambda: file.has(5), lambda: file.dataset(5, dtypes=FLOATS), lambda: file.attribute(5, "a", str)):
+            with pytest.raises(DTypeError, match="the name of an array must be a string, got 5"):
+                use()
+
+
+def test_the_module_needs_no_fork(monkeypatch):
+    """Windows has none."""
+    spec = importlib.util.spec_from_file_location("hdf5_without_fork", hdf5.__file__)
+    monkeypatch.delattr(os, "register_at_fork")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_every_error_is_of_the_family():

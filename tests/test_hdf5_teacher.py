@@ -219,8 +219,26 @@ def test_missing_content(path):
 
 def test_address_typo(path):
     save_teacher_logits(path, some_logits())
-    with pytest.raises(DomainError, match="address must be 'row' or 'content', got 'rows'"):
+    with pytest.raises(DomainError, match="address must be one of 'row', 'content', got 'rows'"):
         HDF5Teacher(path, address="rows")
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "words"),
+    [(5, DTypeError, "path must be a path, got 5"), ("a\0b", DomainError, "got 'a\\x00b' with a null byte")],
+)
+def test_what_is_no_path(bad, error, words):
+    for use in (HDF5Teacher, lambda path: save_teacher_logits(path, some_logits())):
+        with pytest.raises(error) as caught:
+            use(bad)
+        assert words in str(caught.value)
+
+
+def test_what_is_no_name_of_a_dataset(path):
+    save_teacher_logits(path, some_logits())
+    for use in (lambda: HDF5Teacher(path, 5), lambda: save_teacher_logits(path, some_logits(), dataset=5)):
+        with pytest.raises(DTypeError, match="the name of an array must be a string, got 5"):
+            use()
 
 
 def test_missing_file_and_dataset(path):
@@ -308,7 +326,7 @@ def test_links_beside_the_logits_are_refused(path):
     with h5py.File(path, "r+") as file:
         del file["lengths"]
         file["lengths"] = h5py.ExternalLink("/etc/passwd", "/x")
-    with pytest.raises(UnsafeFileError, match="'lengths' is a external link"):
+    with pytest.raises(UnsafeFileError, match="'lengths' is an external link"):
         HDF5Teacher(path, address="content")
 
 
@@ -553,6 +571,14 @@ SHAPE = {"n_rows": 3, "vocab_size": 7, "dtype": np.float32}
         ([iter([some_logits(3)])], {}, ShapeError, "needs n_rows (or input_ids), vocab_size and dtype"),
         ([np.zeros((2, 3), int)], {}, DTypeError, "must be float16, float32, float64 or bfloat16, got int64"),
         ([np.zeros((2, 3))], {"dtype": np.int8}, DTypeError, "got int8"),
+        (
+            [np.zeros((2, 3))],
+            {"dtype": "float17"},
+            DTypeError,
+            "dtype must be float16, float32, float64 or bfloat16, got",
+        ),
+        ([np.zeros((2, 3))], {"n_rows": "2"}, DTypeError, "n_rows must be an integer, got '2'"),
+        ([iter([some_logits(3)])], SHAPE | {"vocab_size": 7.0}, DTypeError, "vocab_size must be an integer, got 7.0"),
         ([np.zeros(3)], {}, ShapeError, "two dimensions [rows, classes], got shape (3,)"),
         ([np.zeros((2, 0))], {}, ShapeError, "got [2, 0]"),
         ([np.zeros((2, 3))], {"n_rows": 3}, ShapeError, "n_rows is 3, but there are 2 rows of logits"),

@@ -3,11 +3,13 @@
 import itertools
 import json
 import math
+import re
 
 import h5py
 import numpy as np
 import pytest
 
+from kdcore import formulas
 from kdcore.cuda.presence import available
 from kdcore.errors import (
     CheckpointError,
@@ -22,7 +24,7 @@ from kdcore.errors import (
 )
 from kdcore.hdf5 import write_arrays
 from kdcore.teachers.base import TeacherLogitsProvider
-from kdcore.teachers.mlp import MLPTeacher, save_mlp
+from kdcore.teachers.mlp import ACTIVATIONS, MLPTeacher, save_mlp
 
 REASON = available()
 needs_cuda = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -212,6 +214,8 @@ GOOD = named(layers_of(3, 5, 4))
         ({"2.weight": None}, CheckpointError, "'2.bias' but no weight"),
         ({"other.4.weight": np.ones((4, 4))}, CheckpointError, "different prefixes"),
         ({"00.weight": np.ones((4, 4))}, CheckpointError, "the same number"),
+        ({"9" * 5000 + ".weight": np.ones((4, 4))}, CheckpointError, "9.weight' is unknown"),
+        ({"\N{ARABIC-INDIC DIGIT FOUR}.weight": np.ones((4, 4))}, CheckpointError, "is unknown"),
         ({"0.weight": np.ones(5)}, CheckpointError, r"'0.weight' must have the shape \[out, in\], got \(5,\)"),
         ({"0.weight": np.ones((5, 0))}, CheckpointError, "'0.weight' must have the shape"),
         ({"0.bias": np.ones(4)}, CheckpointError, r"'0.bias' must have the shape \(5,\)"),
@@ -284,3 +288,23 @@ def test_inputs_that_do_not_fit(tmp_path):
             tokens.logits_for_batch([[1], [0, bad]])
     with pytest.raises(DTypeError):
         tokens.logits_for_batch([[1.5]])
+    for value in (1e300, np.nan):
+        with pytest.raises(NonFiniteError, match=re.escape(f"input_ids[0, 1] is {value}: features must be finite")):
+            vectors.logits_for_batch([[1.0, value, 3.0, 4.0]])
+        with pytest.raises(NonFiniteError, match=re.escape(f"input_ids[1][0, 1] is {value}")):
+            vectors.logits_per_position([np.ones((2, 4)), [[1.0, value, 3.0, 4.0]]])
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "words"),
+    [(5, DTypeError, "path must be a path, got 5"), ("a\0b", DomainError, "with a null byte")],
+)
+def test_what_is_no_path(bad, error, words):
+    for use in (MLPTeacher, lambda path: save_mlp(path, layers_of(3, 4))):
+        with pytest.raises(error, match=words):
+            use(bad)
+
+
+def test_activations_are_those_of_the_formulas():
+    assert ("identity", *ACTIVATIONS) == tuple(formulas.ACTIVATIONS)
+    assert set(ACTIVATIONS) == set(FUNCTIONS)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import numpy as np
 import pytest
 from hypothesis import example, given, strategies as st
 
-from kdcore import DomainError, DTypeError, ShapeError
-from kdcore.sequences import as_rows, content_key, last_tokens, pad_rows, prefixes
+from kdcore import DomainError, DTypeError, NonFiniteError, ShapeError
+from kdcore.sequences import as_rows, as_vectors, content_key, last_tokens, pad_rows, prefixes
 
 ragged = st.lists(st.lists(st.integers(0, 1000), max_size=6), max_size=6)
 
@@ -73,7 +74,9 @@ def test_as_rows_does_not_share_memory():
         (np.zeros((1, 2, 3), int), ShapeError, "input_ids must have two dimensions"),
         (np.zeros((2, 3)), DTypeError, "input_ids must be integers, got dtype float64"),
         (np.zeros((2, 3), bool), DTypeError, "input_ids must be integers, got dtype bool"),
-        ([[1], [1.5]], DTypeError, r"input_ids\[1\] must hold integers, got dtype float64"),
+        ([[1], [1.5]], DTypeError, r"input_ids\[1\] must be integers, got dtype float64"),
+        ([[2**64]], DTypeError, r"input_ids\[0\] must be integers, got dtype object"),
+        ([[[1], [1, 2]]], ShapeError, r"input_ids\[0\] must be one row of token ids, got sequences of different"),
         ([1, 2], ShapeError, r"input_ids\[0\] must be one row of token ids, got shape \(\)"),
         ([[[1]]], ShapeError, r"input_ids\[0\] must be one row of token ids, got shape \(1, 1\)"),
         ("12", ShapeError, "input_ids must be a sequence of rows of token ids, got str"),
@@ -89,6 +92,55 @@ def test_as_rows_refuses(ids, error, sentence):
 def test_as_rows_names_its_argument():
     with pytest.raises(DTypeError, match="^labels must be integers"):
         as_rows(np.zeros((1, 1)), "labels")
+
+
+@pytest.mark.parametrize("id_", [2**63, 2**64 - 100])  # as int64 the second would be -100, which masks a label
+def test_ids_beyond_int64_do_not_wrap(id_):
+    ids = np.array([[1, 2], [3, id_]], np.uint64)
+    with pytest.raises(DomainError, match=rf"input_ids must be below 2\*\*63, got {id_}"):
+        as_rows(ids)
+    with pytest.raises(DomainError, match=rf"input_ids must be below 2\*\*63, got {id_}"):
+        last_tokens(ids, 1)
+    for form in (list(ids), [[1], [id_]]):
+        with pytest.raises(DomainError, match=rf"labels\[1\] must be below 2\*\*63, got {id_}"):
+            as_rows(form, "labels")
+    assert as_rows(np.array([[2**63 - 1]], np.uint64))[0].tolist() == [2**63 - 1]
+
+
+# --- feature vectors ------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 3), st.integers(1, 4), st.sampled_from([np.float16, np.float32, np.float64, np.int32, np.uint8]))
+def test_as_vectors(n, width, dtype):
+    values = np.random.default_rng(n).integers(0, 100, size=(n, width)).astype(dtype)
+    for form in (values, values.tolist(), np.asfortranarray(values)):
+        vectors = as_vectors(form, width)
+        assert (vectors.dtype, vectors.shape, vectors.flags.c_contiguous) == (np.float32, (n, width), True)
+        np.testing.assert_array_equal(vectors, values)
+
+
+@pytest.mark.parametrize("value", [1e300, -1e300, 3.5e38, np.inf, -np.inf, np.nan])
+def test_as_vectors_are_finite_in_float32(value):
+    values = np.ones((2, 3))
+    values[1, 2] = value
+    with pytest.raises(NonFiniteError, match=re.escape(f"x[1, 2] is {value}: features must be finite in float32")):
+        as_vectors(values, 3, "x")
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "sentence"),
+    [
+        ([[1.0, 2.0]], ShapeError, r"x must be feature vectors \[rows, 3\], as said; got shape \(1, 2\)"),
+        ([1.0, 2.0, 3.0], ShapeError, r"got shape \(3,\)"),
+        ([[1.0, 2.0, 3.0], [1.0]], ShapeError, r"\[rows, 3\], as said; got rows of different widths"),
+        ([["a", "b", "c"]], DTypeError, "x must hold numbers, got dtype <U1"),
+        ([[None] * 3], DTypeError, "x must hold numbers, got dtype object"),
+        (5.0, ShapeError, r"got shape \(\)"),
+    ],
+)
+def test_as_vectors_refuses(values, error, sentence):
+    with pytest.raises(error, match=sentence):
+        as_vectors(values, 3, "x", ", as said")
 
 
 # --- keys of content ------------------------------------------------------------------------------------------------

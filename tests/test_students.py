@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import oracle
 import pytest
@@ -334,6 +336,21 @@ def test_momentum_is_pytorchs():
     np.testing.assert_array_equal(student.weight[:, 0], student.bias)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_wholly_masked_batch_moves_by_momentum_alone(momentum):
+    """Its gradient is zero, and PyTorch's SGD goes on by momentum * velocity then."""
+    student = LinearStudent(F, V, learning_rate=0.25, momentum=momentum)
+    student.logits_for_batch([[1]])
+    student.apply_kd_gradient(np.arange(V, dtype=float)[None])
+    before = student.bias.copy()
+    rows = iter(student.logits_for_batch([[1], [2]]))
+    loss, gradient = kd_step(TableTeacher(), [[1], [2]], [-100, -100], TEMPERATURE, ALPHA, lambda _: next(rows))
+    assert loss == 0
+    assert not gradient.any()
+    student.apply_kd_gradient(gradient)
+    np.testing.assert_allclose(student.bias - before, -0.25 * momentum * np.arange(V), rtol=1e-6)
+
+
 def test_an_empty_batch_moves_nothing():
     student = LinearStudent(2, 3, learning_rate=0.1, momentum=0.9)
     student.logits_for_batch([[0]])
@@ -500,12 +517,20 @@ def test_a_student_without_context_reads_no_token():
 
 def test_features_that_cannot_be():
     student = LinearStudent(F, V)
-    with pytest.raises(ShapeError, match="feature vectors of width 4, got shape"):
+    with pytest.raises(ShapeError, match=r"must be feature vectors \[rows, 4\]; got shape \(2, 5\)"):
         student.logits_for_batch(np.ones((2, F + 1)))
-    with pytest.raises(ShapeError, match=r"input_ids\[1\] must be feature vectors of width 4"):
+    with pytest.raises(ShapeError, match=r"must be feature vectors \[rows, 4\]; got rows of different widths"):
+        student.logits_for_batch([[1.0] * F, [1.0]])
+    with pytest.raises(ShapeError, match=r"input_ids\[1\] must be feature vectors \[rows, 4\]"):
         student.logits_per_position([np.ones((2, F)), np.ones((2, F - 1))])
-    with pytest.raises(NonFiniteError, match="input_ids must be finite, got nan"):
-        student.logits_for_batch(np.full((1, F), np.nan))
+    with pytest.raises(ShapeError, match="input_ids must be a sequence of rows of token ids, got float"):
+        student.logits_for_batch(5.0)
+    for value in (np.nan, 1e300):  # 1e300 is finite until it is a float32
+        sentence = rf"\[0, 1\] is {re.escape(str(value))}: features must be finite in float32"
+        with pytest.raises(NonFiniteError, match=sentence):
+            student.logits_for_batch(np.array([[0.0, value, 0.0, 0.0]]))
+        with pytest.raises(NonFiniteError, match=r"input_ids\[1\]" + sentence):
+            student.logits_per_position([np.ones((2, F)), np.array([[0.0, value, 0.0, 0.0]])])
     with pytest.raises(ShapeError, match=r"input_ids\[1\] is empty: a row needs a last token"):
         student.logits_for_batch([[1], []])
 
@@ -514,8 +539,21 @@ def test_features_that_cannot_be():
     ("make", "sentence"),
     [
         (lambda: LogitStudent(0), "vocab_size must be an integer of at least 1, got 0"),
-        (lambda: LogitStudent(V, np.inf), "initial_value must be a finite number, got inf"),
-        (lambda: LogitStudent(V, "0"), "initial_value must be a finite number, got '0'"),
+        (lambda: LogitStudent(V, np.inf), r"initial_value must be in \[-3.40282e\+38, 3.40282e\+38\], got inf"),
+        (lambda: LogitStudent(V, np.nan), r"initial_value must be in \[-3.40282e\+38, 3.40282e\+38\], got nan"),
+        (lambda: LogitStudent(V, 1e39), r"initial_value must be in .* got 1e\+39"),
+        (lambda: LogitStudent(V, "0"), "initial_value must be a number in .* got '0'"),
+        (lambda: LogitStudent(256, context=10), r"vocab_size=256 and context=10 would take 1.24e\+27 bytes"),
+        (lambda: LogitStudent(50_000, context=3), r"vocab_size=50000 and context=3 would take 2.50e\+19 bytes"),
+        (lambda: LogitStudent(2**62, context=60), r"context=60 would take 1.25e\+1139 bytes"),
+        (lambda: LogitStudent(2**60), f"vocab_size={2**60} and context=0 would take 4.61e[+]18 bytes"),
+        (lambda: LogitStudent(2, context=10**18), f"context must be at most 60, got {10**18}"),
+        (lambda: LinearStudent(10**12, 10**9), "n_features=10+ and vocab_size=10+ would take 4.00e[+]21 bytes"),
+        (
+            lambda: LogitStudent(V, learning_rate=1e39),
+            r"learning_rate must be in \[1.*e-45, 3.40282e\+38\], got 1e\+39",
+        ),
+        (lambda: LinearStudent(F, V, learning_rate=1e-50), r"learning_rate must be in .* got 1e-50"),
         (lambda: LogitStudent(V, 0.0, 0.0), "learning_rate must be a positive finite number, got 0.0"),
         (lambda: LogitStudent(V, context=-1), "context must be an integer of at least 0, got -1"),
         (lambda: LinearStudent(0, V), "n_features must be an integer of at least 1, got 0"),
@@ -536,6 +574,15 @@ def test_learning_rate_can_change_but_not_to_nonsense(make):
     with pytest.raises(DomainError, match="learning_rate must be a positive finite number, got -1"):
         student.learning_rate = -1
     assert student.learning_rate == 0.1
+
+
+def test_a_table_that_memory_does_not_hold(monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("kdcore.students.parameters.np.zeros", no_memory)
+    with pytest.raises(DomainError, match="vocab_size=6 and context=1 would take 144 bytes, more than there is memory"):
+        LogitStudent(V, context=1)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
@@ -604,6 +651,18 @@ def test_the_checkpoint_of_another_class(tmp_path):
         LogitStudent.load(tmp_path / "none.h5")
 
 
+@pytest.mark.parametrize(
+    ("bad", "error", "words"),
+    [(5, DTypeError, "path must be a path, got 5"), ("a\0b", DomainError, "with a null byte")],
+)
+@pytest.mark.parametrize("make", students())
+def test_what_is_no_path(make, bad, error, words):
+    student = make()
+    for use in (student.save_checkpoint, type(student).load):
+        with pytest.raises(error, match=words):
+            use(bad)
+
+
 def altered(path, arrays=None, metadata=None, without=()):
     """The checkpoint at ``path``, valid as a file, but with other content."""
     old_arrays, old_metadata = read_arrays(path)
@@ -624,6 +683,7 @@ def altered(path, arrays=None, metadata=None, without=()):
         ({"without": ("learning_rate",)}, "is not the checkpoint of a LogitStudent: 'learning_rate'"),
         ({"metadata": {"vocab_size": "6"}}, "is not the checkpoint of a LogitStudent: vocab_size must be"),
         ({"metadata": {"learning_rate": -1.0}}, "is not the checkpoint of a LogitStudent: learning_rate must be"),
+        ({"metadata": {"context": 40}}, "is not the checkpoint of a LogitStudent: vocab_size=6 and context=40 would"),
     ],
 )
 def test_logit_checkpoints_that_cannot_be(change, sentence, tmp_path):
@@ -641,6 +701,7 @@ def test_logit_checkpoints_that_cannot_be(change, sentence, tmp_path):
         ({"without": ("velocity/weight",)}, "is not the checkpoint of a LinearStudent: 'velocity/weight'"),
         ({"without": ("momentum",)}, "is not the checkpoint of a LinearStudent: 'momentum'"),
         ({"metadata": {"momentum": 2.0}}, "is not the checkpoint of a LinearStudent: momentum must be"),
+        ({"metadata": {"n_features": 2**62}}, "is not the checkpoint of a LinearStudent: n_features=.* would take"),
     ],
 )
 def test_linear_checkpoints_that_cannot_be(change, sentence, tmp_path):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from os import PathLike
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcore.checks import integer, number_in, positive_number
-from kdcore.errors import CheckpointError, DomainError, NonFiniteError, ShapeError
-from kdcore.hdf5 import Metadata, read_arrays, write_arrays
-from kdcore.sequences import as_rows, pad_rows
+from kdcore.checks import integer, number_in
+from kdcore.errors import CheckpointError, DomainError, ShapeError
+from kdcore.hdf5 import Metadata, write_arrays
+from kdcore.sequences import as_rows, as_vectors, pad_rows
 from kdcore.students.forward import PendingForward
+from kdcore.students.parameters import check_stored, learning_rate_in_float32, read_student, zeros
 
 __all__ = ["LinearStudent"]
 
@@ -25,7 +27,8 @@ class LinearStudent:
     the last token (or of the token at each position), so that ``n_features`` is the number of token ids.
 
     An update is v = momentum v + g, parameter -= learning_rate v (the convention of PyTorch), with g the gradient
-    summed over rows and divided by the denominator.
+    summed over rows and divided by the denominator. A gradient of zeros (of a batch that is wholly masked, say) is an
+    update like any other: the parameters go on by what momentum is left. A forward without rows is none.
 
     Parameters
     ----------
@@ -34,7 +37,7 @@ class LinearStudent:
     vocab_size : int
         V.
     learning_rate : float
-        Positive; may be changed between steps.
+        Positive, in float32; may be changed between steps.
     momentum : float
         In [0, 1).
 
@@ -54,13 +57,15 @@ class LinearStudent:
         self._vocab_size = integer(vocab_size, "vocab_size", least=1)
         self.learning_rate = learning_rate
         self._momentum = number_in(momentum, "momentum", 0, 1, high_open=True)
-        self.weight = np.zeros((self._n_features, self._vocab_size), np.float32)
-        self.bias = np.zeros(self._vocab_size, np.float32)
-        self._velocity = {"weight": np.zeros_like(self.weight), "bias": np.zeros_like(self.bias)}
+        shapes = {"weight": (self._n_features, self._vocab_size), "bias": (self._vocab_size,)}
+        arguments = f"n_features={self._n_features} and vocab_size={self._vocab_size}"
+        self.weight, self.bias = (zeros(shape, arguments) for shape in shapes.values())
+        self._velocity = {name: zeros(shape, arguments) for name, shape in shapes.items()}
         self._pending: PendingForward[NDArray[Any]] | None = None
 
     @property
     def vocab_size(self) -> int:
+        """V, the width of every logit row."""
         return self._vocab_size
 
     @property
@@ -70,16 +75,21 @@ class LinearStudent:
 
     @property
     def learning_rate(self) -> float:
+        """The rate of the next update; a :class:`DomainError` unless positive and finite in float32."""
         return self._learning_rate
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
-        self._learning_rate = positive_number(value, "learning_rate")
+        self._learning_rate = learning_rate_in_float32(value)
 
     def logits_for_batch(self, input_ids: Any) -> NDArray[np.float32]:
+        """Logits float32 [B, V] for features [B, F], or for the last token of each of B rows, ragged or not.
+
+        Raises ShapeError (widths; an empty row), DTypeError, NonFiniteError (features) and DomainError (tokens).
+        """
         x: NDArray[Any]
         if self._are_features(input_ids):
-            x = self._features(np.asarray(input_ids), "input_ids", 2)
+            x = as_vectors(input_ids, self._n_features)
         else:
             rows = as_rows(input_ids)
             for i, row in enumerate(rows):
@@ -91,9 +101,13 @@ class LinearStudent:
         return logits
 
     def logits_per_position(self, input_ids: Any) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Logits float32 [B, L, V] and the mask bool [B, L] of positions that exist; logits are 0 where none does.
+
+        For features [B, L, F] or a list of [L, F], or for B rows of tokens. Errors as for :meth:`logits_for_batch`.
+        """
         x: NDArray[Any]
         if self._are_features(input_ids):
-            rows = [self._features(np.asarray(row), f"input_ids[{i}]", 2) for i, row in enumerate(input_ids)]
+            rows = [as_vectors(row, self._n_features, f"input_ids[{i}]") for i, row in enumerate(input_ids)]
             _, mask = pad_rows([np.zeros(len(row), np.int64) for row in rows])
             x = np.concatenate(rows) if rows else np.empty((0, self._n_features), np.float32)
         else:
@@ -105,10 +119,15 @@ class LinearStudent:
         return logits, mask
 
     def apply_kd_gradient(self, gradient: NDArray[Any], denominator: float | None = None) -> None:
+        """Update by dL/dlogits, floats in the shape of the last forward, over ``denominator`` (by default its rows).
+
+        Raises GradientOrderError, ShapeError, DTypeError, NonFiniteError and DomainError (denominator); the student
+        is then as it was.
+        """
         pending = PendingForward.expect(self._pending)
         rows = pending.rows(gradient, denominator)
         self._pending = None
-        if not len(rows):  # no step: momentum alone must not move the parameters
+        if not len(rows):  # nothing was asked, so there is no step, not even one by momentum
             return
         x = pending.inputs
         if x.ndim == 2:
@@ -120,6 +139,7 @@ class LinearStudent:
         self._step("bias", self.bias, rows.sum(axis=0))
 
     def save_checkpoint(self, path: str | PathLike[str]) -> None:
+        """Write parameters, velocities and rates to an HDF5 file, which appears whole or not at all."""
         arrays = {"weight": self.weight, "bias": self.bias}
         arrays |= {f"velocity/{name}": velocity for name, velocity in self._velocity.items()}
         metadata: Metadata = {
@@ -133,12 +153,8 @@ class LinearStudent:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
-        arrays, found = read_arrays(path)
-        metadata: dict[str, Any] = dict(found)  # of any type, until the constructor has looked
-        if metadata.get("student") != "LinearStudent":
-            raise CheckpointError(
-                f"{path}: expected the checkpoint of a LinearStudent, found {metadata.get('student')!r}"
-            )
+        """The student that :meth:`save_checkpoint` wrote; a :class:`CheckpointError` if ``path`` is no such file."""
+        arrays, metadata = read_student(path, "LinearStudent")
         try:
             student = cls(
                 metadata["n_features"],
@@ -155,12 +171,8 @@ class LinearStudent:
             ("velocity/weight", student._velocity["weight"]),
             ("velocity/bias", student._velocity["bias"]),
         ):
-            array = stored[name]
-            if array.shape != target.shape or array.dtype != target.dtype:
-                raise CheckpointError(
-                    f"{path}: {name} must be {target.dtype} {target.shape}, found {array.dtype} {array.shape}"
-                )
-            target[...] = array
+            check_stored(path, name, stored[name], target.shape)
+            target[...] = stored[name]
         return student
 
     def _forward(self, x: NDArray[Any]) -> NDArray[np.float32]:
@@ -174,19 +186,24 @@ class LinearStudent:
 
     @staticmethod
     def _are_features(input_ids: Any) -> bool:
+        """Whether there is any float among the rows. What is not even rows is left to :func:`as_rows` to refuse."""
         if isinstance(input_ids, np.ndarray):
             return input_ids.dtype.kind == "f"
-        return any(np.asarray(row).dtype.kind == "f" for row in input_ids if np.asarray(row).size)
-
-    def _features(self, x: NDArray[Any], name: str, ndim: int) -> NDArray[np.float32]:
-        if x.ndim != ndim or x.shape[-1] != self._n_features:
-            raise ShapeError(f"{name} must be feature vectors of width {self._n_features}, got shape {x.shape}")
-        if not np.isfinite(x).all():
-            raise NonFiniteError(f"{name} must be finite, got {x[~np.isfinite(x)][0]}")
-        return x.astype(np.float32)
+        if not isinstance(input_ids, Iterable) or isinstance(input_ids, str | bytes):
+            return False
+        return any(_kind(row) == "f" for row in input_ids)
 
     def _tokens(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         outside = (tokens < 0) | (tokens >= self._n_features)
         if outside.any():
             raise DomainError(f"token {tokens[outside][0]} is outside the student's tokens [0, {self._n_features})")
         return tokens
+
+
+def _kind(row: Any) -> str:
+    """The kind of a row's dtype; an empty row has none, and one of several lengths neither."""
+    try:
+        array = np.asarray(row)
+    except ValueError:
+        return ""
+    return array.dtype.kind if array.size else ""

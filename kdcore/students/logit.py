@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from os import PathLike
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcore.checks import integer, positive_number, real_number
+from kdcore.checks import integer, number_in
 from kdcore.errors import CheckpointError, DomainError
-from kdcore.hdf5 import Metadata, read_arrays, write_arrays
+from kdcore.hdf5 import Metadata, write_arrays
 from kdcore.sequences import as_rows, last_tokens, pad_rows
 from kdcore.students.forward import PendingForward
+from kdcore.students.parameters import FLOAT32_MAX, check_stored, learning_rate_in_float32, read_student, zeros
 
 __all__ = ["LogitStudent"]
+
+#: With more, the table of even two tokens could not be addressed; and V**context stays quick to compute.
+_MAX_CONTEXT = 60
 
 
 class LogitStudent:
@@ -29,11 +32,11 @@ class LogitStudent:
     Parameters
     ----------
     vocab_size : int
-        V. The table holds V**context rows of V float32 logits.
+        V. The table holds V**context rows of V float32 logits; one beyond memory is a DomainError.
     initial_value : float
-        Every logit at the start.
+        Every logit at the start; finite in float32.
     learning_rate : float
-        Positive; may be changed between steps through the attribute of that name.
+        Positive, in float32; may be changed between steps through the attribute of that name.
     context : int
         n, the number of tokens that choose the row.
 
@@ -53,16 +56,20 @@ class LogitStudent:
         self._vocab_size = integer(vocab_size, "vocab_size", least=1)
         self._context = integer(context, "context", least=0)
         self.learning_rate = learning_rate
-        initial_value = real_number(initial_value, "initial_value", "a finite number")
-        if not math.isfinite(initial_value):
-            raise DomainError(f"initial_value must be a finite number, got {initial_value!r}")
-        self._table = np.zeros((self._vocab_size**self._context, self._vocab_size), np.float32)
+        initial_value = number_in(initial_value, "initial_value", -FLOAT32_MAX, FLOAT32_MAX)
+        if self._context > _MAX_CONTEXT:
+            raise DomainError(f"context must be at most {_MAX_CONTEXT}, got {self._context}")
+        self._table = zeros(
+            (self._vocab_size**self._context, self._vocab_size),
+            f"vocab_size={self._vocab_size} and context={self._context}",
+        )
         if initial_value != 0:
             self._table += np.float32(initial_value)
         self._pending: PendingForward[NDArray[np.int64]] | None = None
 
     @property
     def vocab_size(self) -> int:
+        """V, the width of every logit row."""
         return self._vocab_size
 
     @property
@@ -72,13 +79,18 @@ class LogitStudent:
 
     @property
     def learning_rate(self) -> float:
+        """The rate of the next update; a :class:`DomainError` unless positive and finite in float32."""
         return self._learning_rate
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
-        self._learning_rate = positive_number(value, "learning_rate")
+        self._learning_rate = learning_rate_in_float32(value)
 
     def logits_for_batch(self, input_ids: Any) -> NDArray[np.float32]:
+        """Logits float32 [B, V] of the token that follows each of B rows of integers, ragged or not.
+
+        Raises ShapeError and DTypeError for other rows, DomainError for a token outside [0, V) among the last n.
+        """
         tokens = last_tokens(input_ids, self._context)
         index = self._row_index(tokens)
         logits = self._table[index]
@@ -86,6 +98,10 @@ class LogitStudent:
         return logits
 
     def logits_per_position(self, input_ids: Any) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Logits float32 [B, L, V] and the mask bool [B, L] of positions that exist; the other logits mean nothing.
+
+        Errors as for :meth:`logits_for_batch`.
+        """
         padded, mask = pad_rows(as_rows(input_ids))
         history = np.pad(padded, ((0, 0), (max(self._context - 1, 0), 0)))
         length = padded.shape[1]
@@ -98,6 +114,11 @@ class LogitStudent:
         return logits, mask
 
     def apply_kd_gradient(self, gradient: NDArray[Any], denominator: float | None = None) -> None:
+        """Update by dL/dlogits, floats in the shape of the last forward, over ``denominator`` (by default its rows).
+
+        Raises GradientOrderError, ShapeError, DTypeError, NonFiniteError and DomainError (denominator); the student
+        is then as it was.
+        """
         pending = PendingForward.expect(self._pending)
         rows = pending.rows(gradient, denominator)
         self._pending = None
@@ -110,6 +131,7 @@ class LogitStudent:
         self._table[contexts] -= (self._learning_rate * total).astype(np.float32)
 
     def save_checkpoint(self, path: str | PathLike[str]) -> None:
+        """Write table, context and rate to an HDF5 file, which appears whole or not at all."""
         metadata: Metadata = {
             "student": "LogitStudent",
             "vocab_size": self._vocab_size,
@@ -120,21 +142,14 @@ class LogitStudent:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
-        arrays, found = read_arrays(path)
-        metadata: dict[str, Any] = dict(found)  # of any type, until the constructor has looked
-        if metadata.get("student") != "LogitStudent":
-            raise CheckpointError(
-                f"{path}: expected the checkpoint of a LogitStudent, found {metadata.get('student')!r}"
-            )
+        """The student that :meth:`save_checkpoint` wrote; a :class:`CheckpointError` if ``path`` is no such file."""
+        arrays, metadata = read_student(path, "LogitStudent")
         try:
             student = cls(metadata["vocab_size"], 0.0, metadata["learning_rate"], context=metadata["context"])
             table = arrays["table"]
-        except (KeyError, TypeError, ValueError, MemoryError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is not the checkpoint of a LogitStudent: {error}") from error
-        if table.shape != student._table.shape or table.dtype != np.float32:
-            raise CheckpointError(
-                f"{path}: table must be float32 {student._table.shape}, found {table.dtype} {table.shape}"
-            )
+        check_stored(path, "table", table, student._table.shape)
         student._table = table
         return student
 

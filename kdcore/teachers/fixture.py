@@ -41,13 +41,16 @@ class FixtureTeacher:
 
     @property
     def vocab_size(self) -> int:
+        """V, the width of every logit row."""
         return self._vocab_size
 
     def logits_for_batch(self, input_ids: InputIds) -> NDArray[np.float32]:
+        """Logits float32 [B, V] for B rows of integers; ShapeError or DTypeError for anything else."""
         rows = as_rows(input_ids)
         return self._peaks(np.array([row[-1] if row.size else 0 for row in rows], np.int64))
 
     def logits_per_position(self, input_ids: InputIds) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Logits float32 [B, L, V] and the mask bool [B, L] of positions that exist; errors as for a batch."""
         rows = as_rows(input_ids)
         peaks, mask = pad_rows([np.append(row[1:], row[-1:]) for row in rows])
         return self._peaks(peaks), mask

@@ -10,7 +10,8 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcore.errors import DomainError, FileFormatError, MissingRowError, ProbabilitiesWarning, ShapeError
+from kdcore.checks import choice
+from kdcore.errors import FileFormatError, MissingRowError, ProbabilitiesWarning, ShapeError
 from kdcore.hdf5 import (
     FLOATS,
     INTEGERS,
@@ -32,16 +33,6 @@ _INSPECTED_ROWS = 8
 class HDF5Teacher:
     """Teacher logits from a dataset [N, V] of an HDF5 file. B rows of a batch, L positions, V classes.
 
-    Parameters:
-
-    - ``path``: the file, as :func:`kdcore.hdf5.save_teacher_logits` or any other program wrote it. It need not be
-      trusted: see :class:`kdcore.hdf5.SafeFile` for what is refused.
-    - ``dataset``: the name of the dataset, of float16, float32, float64, or of uint16 with the attribute
-      ``dtype="bfloat16"`` (a fixed-length string).
-    - ``address``: what ``input_ids`` mean. ``"row"``: row numbers; a row of ``input_ids`` is ``[row]``. ``"content"``:
-      token ids, looked up by :func:`kdcore.sequences.content_key` in ``keys`` uint64 [N] beside the dataset, and
-      compared with ``ids`` [N, M]; of each row the first ``lengths`` [N] ids count, or all M without ``lengths``.
-
     Log-probabilities serve as logits. Probabilities do not: if the first rows look like them, a
     :class:`~kdcore.errors.ProbabilitiesWarning` says so.
 
@@ -49,12 +40,35 @@ class HDF5Teacher:
     float32. The teacher may be shared by threads, forked and pickled (as its arguments, so that the file is opened
     again where it is unpickled).
 
-    Raises :class:`FileNotFoundError`; :class:`~kdcore.errors.FileFormatError` or
-    :class:`~kdcore.errors.UnsafeFileError` for a file that is not as described;
-    :class:`~kdcore.errors.MissingRowError` for a row or content that the file does not have;
-    :class:`~kdcore.errors.NonFiniteError` when a row is read that holds NaN, +inf or nothing but -inf;
-    :class:`~kdcore.errors.DomainError` for a float64 beyond float32; ValueError once it is closed.
+    Parameters
+    ----------
+    path
+        The file, as :func:`kdcore.hdf5.save_teacher_logits` or any other program wrote it. It need not be trusted:
+        see :class:`kdcore.hdf5.SafeFile` for what is refused.
+    dataset : str
+        The name of the dataset, of float16, float32, float64, or of uint16 with the attribute ``dtype="bfloat16"``
+        (a fixed-length string).
+    address : {"row", "content"}
+        What ``input_ids`` mean. "row": row numbers; a row of ``input_ids`` is ``[row]``. "content": token ids, looked
+        up by :func:`kdcore.sequences.content_key` in ``keys`` uint64 [N] beside the dataset, and compared with
+        ``ids`` [N, M]; of each row the first ``lengths`` [N] ids count, or all M without ``lengths``.
 
+    Raises
+    ------
+    FileNotFoundError
+    FileFormatError, UnsafeFileError
+        A file that is not as described.
+    MissingRowError
+        A row or content that the file does not have.
+    NonFiniteError
+        A row is read that holds NaN, +inf or nothing but -inf.
+    DomainError
+        A float64 beyond float32; an ``address`` or name that cannot be.
+    ValueError
+        The teacher is closed.
+
+    Examples
+    --------
     >>> import tempfile
     >>> from kdcore.hdf5 import save_teacher_logits
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -72,8 +86,7 @@ class HDF5Teacher:
         dataset: str = "logits",
         address: Literal["row", "content"] = "row",
     ) -> None:
-        if address not in ("row", "content"):
-            raise DomainError(f"address must be 'row' or 'content', got {address!r}")
+        choice(address, "address", ("row", "content"))
         self.dataset = dataset
         self.address = address
         self._closed = False
@@ -177,7 +190,10 @@ class HDF5Teacher:
         self.close()
 
     def logits_for_batch(self, input_ids: InputIds) -> NDArray[np.float32]:
-        """Logits [B, V] by row: of row number r for ``[r]``, or of the token that follows a row of ids."""
+        """Logits float32 [B, V] by row: of row number r for ``[r]``, or of the token that follows a row of ids.
+
+        Raises MissingRowError, NonFiniteError, DomainError, and ShapeError or DTypeError for other ``input_ids``.
+        """
         rows = as_rows(input_ids)
         if self.address == "content":
             return self._read(self._find(rows))
@@ -189,9 +205,10 @@ class HDF5Teacher:
         return self._read(self._in_range(rows))
 
     def logits_per_position(self, input_ids: InputIds) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Logits [B, L, V] and the mask [B, L] of positions that exist; logits are 0 where none does.
+        """Logits float32 [B, L, V] and the mask bool [B, L] of positions that exist; logits are 0 where none does.
 
-        By row, each element is a row number; by content, position l takes the row of its prefix of l + 1 ids.
+        By row, each element is a row number; by content, position l takes the row of its prefix of l + 1 ids. Errors
+        as for :meth:`logits_for_batch`.
         """
         rows = as_rows(input_ids)
         mask = pad_rows(rows)[1]

@@ -11,27 +11,27 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcore import ops
+from kdcore import formulas, ops
+from kdcore.checks import choice, file_path
 from kdcore.errors import (
     CheckpointError,
     DeviceMismatchError,
     DomainError,
-    DTypeError,
     MissingDependencyError,
     NonFiniteError,
-    ShapeError,
     VocabularyMismatchError,
 )
 from kdcore.hdf5 import read_tensors, write_arrays
-from kdcore.sequences import as_rows, pad_rows, prefixes
+from kdcore.sequences import as_rows, as_vectors, pad_rows, prefixes
 from kdcore.teachers.base import InputIds
 
 __all__ = ["MLPTeacher", "save_mlp"]
 
-ACTIVATIONS = ("relu", "tanh", "gelu")
+ACTIVATIONS = tuple(name for name in formulas.ACTIVATIONS if name != "identity")  # that is the output layer's
 
 _EMBEDDING = "embedding.weight"
-_LAYER_TENSOR = re.compile(r"(.*?)(\d+)\.(weight|bias)", re.DOTALL)
+#: Prefix, number and kind. Python does not convert numbers of thousands of digits, and no network has 10**9 layers.
+_LAYER_TENSOR = re.compile(r"(.*?)(?<![0-9])([0-9]{1,9})\.(weight|bias)", re.DOTALL)
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -63,6 +63,7 @@ def save_mlp(
     embedding : array [n_tokens, d], optional
         Makes the inputs token ids.
     """
+    path = file_path(path, "path")
     arrays = {}
     for i, (weight, bias) in enumerate(layers):
         arrays[f"{i}.weight"], arrays[f"{i}.bias"] = np.asarray(weight), np.asarray(bias)
@@ -129,13 +130,12 @@ class MLPTeacher:
         device: Literal["cpu", "cuda"] = "cpu",
         stream: Any = None,
     ) -> None:
-        if device not in ("cpu", "cuda"):
-            raise DomainError(f"device must be 'cpu' or 'cuda', got {device!r}")
+        choice(device, "device", ("cpu", "cuda"))
         if device == "cpu" and stream is not None:
             raise DomainError(f"stream={stream!r} is for device='cuda'")
         if device == "cuda":
             ops.require_cuda()
-        self.path = Path(path)
+        self.path = path = file_path(path, "path")
         self.device = device
         self._stream = stream
         layers, self._embedding, self.activation = _checkpoint(path, *_read(path), activation)
@@ -156,7 +156,10 @@ class MLPTeacher:
         return self._vocab_size
 
     def logits_for_batch(self, input_ids: InputIds) -> NDArray[np.float32]:
-        """Logits [B, V] of the token that follows each row, or for each feature vector."""
+        """Logits float32 [B, V] of the token that follows each row, or for each feature vector.
+
+        Raises ShapeError, DTypeError, DomainError (a token without embedding) and NonFiniteError (features).
+        """
         return self._forward(self._features(input_ids))
 
     def device_logits_for_batch(self, input_ids: InputIds) -> Any:
@@ -189,17 +192,7 @@ class MLPTeacher:
         return self._embedded(as_rows(input_ids), self._embedding)
 
     def _vectors(self, values: Any, name: str) -> NDArray[np.float32]:
-        vectors = np.asarray(values)
-        if vectors.size == 0 and vectors.ndim == 1:  # no rows at all
-            vectors = vectors.reshape(0, self._n_inputs)
-        if vectors.dtype.kind not in "fiu":
-            raise DTypeError(f"{name} must hold numbers, got dtype {vectors.dtype}")
-        if vectors.ndim != 2 or vectors.shape[1] != self._n_inputs:
-            raise ShapeError(
-                f"{name} must be feature vectors [rows, {self._n_inputs}], since {self.path} has no "
-                f"{_EMBEDDING!r}; got shape {vectors.shape}"
-            )
-        return np.ascontiguousarray(vectors, np.float32)
+        return as_vectors(values, self._n_inputs, name, f", since {self.path} has no {_EMBEDDING!r}")
 
     def _embedded(self, rows: list[NDArray[np.int64]], embedding: NDArray[np.float32]) -> NDArray[np.float32]:
         n_tokens, d = embedding.shape

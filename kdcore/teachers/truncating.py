@@ -20,6 +20,23 @@ class TruncatingTeacher:
 
     For a teacher whose head is padded beyond the tokenizer (152,064 against 151,936 classes, say). It is up to the
     caller that the classes that remain mean the same tokens: equal sizes do not say so.
+
+    Parameters
+    ----------
+    teacher : TeacherLogitsProvider
+        Its errors pass through.
+    vocab_size : int
+        V, from 1 up to the teacher's own; beyond it a :class:`~kdcore.errors.VocabularyMismatchError`.
+
+    Examples
+    --------
+    >>> import kdcore
+    >>> teacher = kdcore.TruncatingTeacher(kdcore.FixtureTeacher(5), 3)
+    >>> teacher.logits_for_batch([[1], [4]])
+    array([[ 0., 10.,  0.],
+           [ 0.,  0.,  0.]], dtype=float32)
+    >>> print(round(teacher.discarded_mass, 4))  # nearly all of the second row's, hardly any of the first's
+    0.5
     """
 
     def __init__(self, teacher: TeacherLogitsProvider, vocab_size: int) -> None:
@@ -34,6 +51,7 @@ class TruncatingTeacher:
 
     @property
     def vocab_size(self) -> int:
+        """V, the number of classes that remain."""
         return self._vocab_size
 
     @property
@@ -50,11 +68,13 @@ class TruncatingTeacher:
         self._rows, self._discarded = int(state["rows"]), float(state["discarded"])
 
     def logits_for_batch(self, input_ids: InputIds) -> NDArray[np.float32]:
+        """The first V columns of the teacher's logits, [B, V]."""
         logits = self._teacher.logits_for_batch(input_ids)
         self._account(logits)
         return logits[..., : self._vocab_size]
 
     def logits_per_position(self, input_ids: InputIds) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """The first V columns of the teacher's logits, [B, L, V], and its mask bool [B, L]."""
         logits, mask = self._teacher.logits_per_position(input_ids)
         self._account(logits[mask])
         return logits[..., : self._vocab_size], mask
