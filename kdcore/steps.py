@@ -86,7 +86,7 @@ def counted_kd_step(
     ignore_index: int,
 ) -> tuple[float, NDArray[Any], int]:
     """:func:`kd_step`, and as a third the number of rows in its mean: those that are not masked."""
-    _check_scalars(temperature, alpha)
+    _check_arguments(teacher, temperature, alpha, compute_student_logits)
     rows = list(input_ids)
     vocab_size = teacher.vocab_size
     if labels is not None and np.shape(labels) != (len(rows),):
@@ -97,10 +97,9 @@ def counted_kd_step(
     if alpha < 1:
         teacher_logits = _teacher_logits(teacher.logits_for_batch(input_ids), (len(rows), vocab_size))
     student_rows = [_student_logits(compute_student_logits(row), i, (vocab_size,)) for i, row in enumerate(rows)]
-    student_logits = np.stack(student_rows)
     result = kd_loss_and_gradient(
-        student_logits,
-        student_logits if teacher_logits is None else teacher_logits,  # not read at alpha = 1
+        np.stack(student_rows),
+        teacher_logits,
         labels,
         temperature,
         alpha,
@@ -148,7 +147,7 @@ def kd_step_per_position(
     >>> print(round(loss, 4), gradients.shape, mask.sum())
     6.7449 (2, 3, 8) 3
     """
-    _check_scalars(temperature, alpha)
+    _check_arguments(teacher, temperature, alpha, compute_student_logits)
     ids = as_rows(input_ids)
     vocab_size = teacher.vocab_size
     _, mask = pad_rows(ids)
@@ -177,7 +176,7 @@ def kd_step_per_position(
     student_logits[target_mask] = np.concatenate(student_rows)
     result = kd_loss_and_gradient(
         student_logits,
-        student_logits if teacher_logits is None else teacher_logits,  # not read at alpha = 1
+        teacher_logits,
         targets,
         temperature,
         alpha,
@@ -189,8 +188,12 @@ def kd_step_per_position(
     return float(result.loss) / max(int(mask.sum()), 1), result.gradient, mask
 
 
-def _check_scalars(temperature: Any, alpha: Any) -> None:
-    # Before anything is asked of the teacher; kd_loss_and_gradient looks again, once there are logits.
+def _check_arguments(teacher: Any, temperature: Any, alpha: Any, compute_student_logits: Any) -> None:
+    """Before anything is asked of the teacher; kd_loss_and_gradient looks again at the numbers, once it has logits."""
+    if not isinstance(teacher, TeacherLogitsProvider):
+        raise DTypeError(f"teacher must be a TeacherLogitsProvider, got {teacher!r}")
+    if not callable(compute_student_logits):
+        raise DTypeError(f"compute_student_logits must be callable, got {compute_student_logits!r}")
     positive_number(temperature, "temperature")
     number_in(alpha, "alpha", 0, 1)
 

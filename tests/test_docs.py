@@ -81,10 +81,8 @@ def test_public_names_have_examples():
         "KDOutput",
         "PipelineResult",
         "RunState",
-        "save_mlp",  # MLPTeacher's example has it
         "StudentLogitsProvider",
         "TeacherLogitsProvider",
-        "TruncatingTeacher",
     }
 
 

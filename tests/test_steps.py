@@ -427,3 +427,11 @@ def test_per_position_with_the_providers_of_this_package():
     student.apply_kd_gradient(gradients)
     assert (student.logits_per_position(ids)[0] != 0).any()
     np.testing.assert_array_equal(mask, counted)
+
+
+@pytest.mark.parametrize("step", [kd_step, kd_step_per_position])
+def test_a_teacher_and_a_function_are_needed(step):
+    with pytest.raises(DTypeError, match="teacher must be a TeacherLogitsProvider, got None"):
+        step(None, [[0]], [0], 1.0, 0.5, lambda row: np.zeros(4))
+    with pytest.raises(DTypeError, match="compute_student_logits must be callable, got array"):
+        step(FixtureTeacher(4), [[0]], [0], 1.0, 0.5, np.zeros(4))
