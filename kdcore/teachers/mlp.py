@@ -62,6 +62,19 @@ def save_mlp(
         After every layer but the last; needed if there is more than one.
     embedding : array [n_tokens, d], optional
         Makes the inputs token ids.
+
+    Raises
+    ------
+    CheckpointError, NonFiniteError
+        As :class:`MLPTeacher` would raise for the file.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, kdcore
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     kdcore.save_mlp(f"{folder}/mlp.h5", [(np.eye(3, 2), np.zeros(3))])
+    ...     kdcore.MLPTeacher(f"{folder}/mlp.h5").logits_for_batch(np.array([[1.0, 2.0]]))
+    array([[1., 2., 0.]], dtype=float32)
     """
     path = file_path(path, "path")
     arrays = {}
