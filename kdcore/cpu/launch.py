@@ -33,7 +33,8 @@ def _launch(kernel, before, after, rows, width, scratch_rows, wide, threads):
         # Arrays of their own: rows of one array keep the compiler from vectorising loops over two of them.
         kernel(*before, tuple(np.empty(width, working) for _ in range(scratch_rows)), lo, hi, *after)
 
-    key = (kernel, working, *((a.dtype, a.flags.c_contiguous) for a in (*before, *after) if isinstance(a, np.ndarray)))
+    arrays = (a for a in (*before, *after) if isinstance(a, np.ndarray))
+    key = (kernel, working, *((a.dtype, a.flags.c_contiguous, a.flags.f_contiguous) for a in arrays))
     if key not in _compiled:
         task(0, 0)
         _compiled.add(key)
@@ -72,8 +73,8 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
     before = (
         _readable(student),
         _readable(teacher),
-        labels,
-        weights,
+        _readable(labels),
+        _readable(weights),
         objective.ignore_index,
         denominator,
         objective.alpha,
@@ -95,7 +96,7 @@ def _weight_sum(labels, weights, ignore_index, rows):
 
 def weight_sum(labels, weights, ignore_index, rows, out, threads):
     """out[0] = sum of the weights of the rows that are not masked."""
-    out[0] = _weight_sum(labels, weights, ignore_index, rows)
+    out[0] = _weight_sum(_readable(labels), _readable(weights), ignore_index, rows)
 
 
 def reduce_rows(rows, out, threads):
