@@ -84,7 +84,7 @@ def _distill(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from kdcore.cuda.presence import available
+    from kdcore.cuda.presence import available, devices
     from kdcore.ops import resolve_threads
 
     print(f"kdcore {__version__}, Python {platform.python_version()} on {platform.machine()} {platform.system()}")
@@ -97,3 +97,5 @@ def _info(options: argparse.Namespace) -> None:
     print(f"CPU engine: {resolve_threads(None)} threads (from {source}); runs on NumPy arrays")
     reason = available()
     print(f"CUDA engine: {'runs on device arrays' if reason is None else f'not available: {reason}'}")
+    for device in devices():
+        print(f"  device {device}")

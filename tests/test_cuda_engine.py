@@ -10,7 +10,7 @@ import pytest
 import kdcore.cpu
 import kdcore.cuda
 from kdcore import rowstatus
-from kdcore.cuda.presence import available
+from kdcore.cuda.presence import available, owns
 from kdcore.errors import DTypeError
 from kdcore.objective import Objective
 from kdcore.testing.bounds import gradient_error, kd_bounds, loss_bound, within
@@ -451,7 +451,7 @@ def test_no_rows():
 def test_arrays_keep_their_dtype_and_values(dtype):
     x = np.arange(6).reshape(2, 3).astype(dtype)
     array = memory.to_device(x, None)
-    assert memory.owns(array)
+    assert owns(array)
     assert memory.as_array(array).dtype == dtype
     assert tuple(array.shape) == (2, 3)
     back = memory.to_host(array)

@@ -25,8 +25,9 @@ def run(program, **environment):
 
 def test_asking_imports_no_cuda():
     program = """
-import sys, numpy, kdcore, kdcore.cuda, kdcore.cuda.memory
-assert not kdcore.cuda.owns(numpy.zeros(3)) and not kdcore.cuda.owns([1, 2]) and not kdcore.cuda.owns(None)
+import sys, numpy, kdcore.cuda.memory, kdcore.cuda.presence
+owns = kdcore.cuda.presence.owns
+assert not owns(numpy.zeros(3)) and not owns([1, 2]) and not owns(None)
 print([name for name in sys.modules if name.startswith(("numba", "cupy", "ml_dtypes"))])
 """
     assert run(program) == "[]"
@@ -87,3 +88,16 @@ def test_engines_have_the_same_functions(name):
 def test_memories_have_the_same_functions(name):
     cpu, cuda = (list(inspect.signature(getattr(m.memory, name)).parameters) for m in (kdcore.cpu, kdcore.cuda))
     assert [p.replace("threads", "stream") for p in cpu] == cuda
+
+
+def test_devices_are_named_where_there_are_any():
+    shown = subprocess.run([sys.executable, "-m", "kdcore", "info"], capture_output=True, text=True, check=True).stdout
+    simulated = subprocess.run(
+        [sys.executable, "-m", "kdcore", "info"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
+    ).stdout
+    assert ("  device 0: " in shown) == ("CUDA engine: runs" in shown)
+    assert ("  device 0: simulator (compute capability " in simulated) == ("CUDA engine: runs" in simulated)

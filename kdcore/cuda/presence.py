@@ -7,7 +7,7 @@ from typing import Any
 
 from kdcore.errors import DeviceUnavailableError
 
-__all__ = ["available", "detached", "owns", "require"]
+__all__ = ["available", "detached", "devices", "owns", "require"]
 
 
 def detached(obj: Any) -> Any:
@@ -43,3 +43,16 @@ def require() -> None:
     reason = available()
     if reason is not None:
         raise DeviceUnavailableError(reason)
+
+
+def devices() -> list[str]:
+    """The devices that the CUDA engine can use, by number, name and compute capability; none where it cannot run."""
+    if available() is not None:
+        return []
+    from numba import cuda
+
+    found = []
+    for number, device in enumerate(cuda.gpus):
+        major, minor = device.compute_capability
+        found.append(f"{number}: {getattr(device, 'name', 'simulator')} (compute capability {major}.{minor})")
+    return found
