@@ -42,7 +42,7 @@ ORDER = 5
 STUDENT_CONTEXT = 2
 SEED = 0
 HELD_OUT_POSITIONS = 50_000
-TUNE_POSITIONS = 20_000
+TUNE_POSITIONS = 10_000
 BATCH = 250
 
 #: Data budget in positions, and the passes over it: small budgets need several.
@@ -121,7 +121,12 @@ def run_demo(output_dir: str | Path, *, say: Callable[[str], None] = print) -> d
                     learning_rate = rate * BATCH
                     student = LogitStudent(BYTES, 0.0, learning_rate, context=STUDENT_CONTEXT)
                     config = DistillConfig(
-                        output_dir=str(folder), temperature=1.0, alpha=alpha, batch_size=BATCH, epochs=epochs
+                        output_dir=str(folder),
+                        temperature=1.0,
+                        alpha=alpha,
+                        batch_size=BATCH,
+                        epochs=epochs,
+                        validate_every=epochs * size,  # beyond the last step: once at each end of the run is enough
                     )
                     decay = _LinearDecay(learning_rate, bar)
                     pipeline = Pipeline(
