@@ -104,9 +104,7 @@ class _Rows:
         batch_size = integer(batch_size, "batch_size", least=1)
         if self.position >= self.count:
             if not self.wrap:
-                raise EndOfDataError(
-                    f"all {self.count} rows of the pass have been given: call reset(), or use wrap=True"
-                )
+                raise EndOfDataError(f"all {self.count} rows of the pass have been given: reset() begins the next")
             self.reset()
         taken = self._order()[self.position : self.position + batch_size]
         self.position += len(taken)

@@ -169,7 +169,7 @@ def test_the_next_pass_is_reshuffled_but_holds_the_same_rows(tmp_path, seed):
     directory = write_shards(tmp_path / "s", np.arange(400))
     source = ShardBatchSource(directory, 4, seed=seed)
     first = [rows_of(batch) for batch in take_pass(source, 8)]
-    with pytest.raises(EndOfDataError, match=r"all 72 rows of the pass have been given: call reset\(\), or use wrap"):
+    with pytest.raises(EndOfDataError, match=r"all 72 rows of the pass have been given: reset\(\) begins the next"):
         source.next_batch(8)
     source.reset()
     second = [rows_of(batch) for batch in take_pass(source, 8)]
