@@ -597,7 +597,7 @@ def check_logit_rows(rows: NDArray[Any], numbers: NDArray[np.int64], source: str
     bad = np.flatnonzero(~np.isfinite(peaks))
     if bad.size:
         row, number = rows[bad[0]], numbers[bad[0]]
-        if peaks[bad[0]] == -np.inf:
+        if np.isneginf(peaks[bad[0]]):
             raise NonFiniteError(f"{source}: row {number} is -inf in every column; at least one must be finite")
         column = int(np.argmax(np.isnan(row) | (row == np.inf)))
         raise NonFiniteError(f"{source}: row {number}, column {column} is {row[column]}; logits must be finite or -inf")
