@@ -67,6 +67,13 @@ if TYPE_CHECKING:  # the same names as below, for type checkers
         Pipeline as Pipeline,
         PipelineResult as PipelineResult,
     )
+    from kdcore.states import (
+        KDState as KDState,
+        kd_gradient_from_state as kd_gradient_from_state,
+        kd_loss_from_state as kd_loss_from_state,
+        kd_state as kd_state,
+        merge_states as merge_states,
+    )
     from kdcore.steps import (
         kd_step as kd_step,
         kd_step_per_position as kd_step_per_position,
@@ -106,6 +113,7 @@ _HOME = {
     "kdcore.config": ("DistillConfig",),
     "kdcore.hdf5": ("save_teacher_logits",),
     "kdcore.pipeline": ("Pipeline", "PipelineResult"),
+    "kdcore.states": ("KDState", "kd_gradient_from_state", "kd_loss_from_state", "kd_state", "merge_states"),
     "kdcore.steps": ("kd_step", "kd_step_per_position"),
     "kdcore.students.base": ("StudentLogitsProvider",),
     "kdcore.students.linear": ("LinearStudent",),
@@ -153,6 +161,8 @@ _HOME = {
         "VocabularyMismatchError",
     ),
 }
+#: Modules that are attributes without an import of their own.
+_SUBMODULES = ("divergences",)
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = ["__version__"]
@@ -160,6 +170,8 @@ __all__ += list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f"kdcore.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'kdcore' has no attribute {name!r}")
     value = getattr(import_module(_MODULE_OF[name]), name)

@@ -19,6 +19,8 @@ __all__ = ["as_int64", "choice", "file_path", "flag", "integer", "number_in", "p
 
 def real_number(value: Any, name: str, expected: str) -> float:
     """``value`` as a float; booleans, strings and arrays are errors that say what was ``expected``."""
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise DTypeError(f"{name} must be {expected}, got {value!r}")
     try:
@@ -35,11 +37,13 @@ def positive_number(value: Any, name: str) -> float:
     return number
 
 
-def number_in(value: Any, name: str, low: float, high: float, *, high_open: bool = False) -> float:
-    """``value`` as a float in [low, high], or in [low, high)."""
-    interval = f"[{low:g}, {high:g}{')' if high_open else ']'}"
+def number_in(
+    value: Any, name: str, low: float, high: float, *, low_open: bool = False, high_open: bool = False
+) -> float:
+    """``value`` as a float in [low, high], or in the interval without an end that is open."""
+    interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
     number = real_number(value, name, f"a number in {interval}")
-    if not low <= number <= high or (high_open and number == high):
+    if not low <= number <= high or (low_open and number == low) or (high_open and number == high):
         raise DomainError(f"{name} must be in {interval}, got {value!r}")
     return number
 
@@ -47,7 +51,7 @@ def number_in(value: Any, name: str, low: float, high: float, *, high_open: bool
 def integer(value: Any, name: str, *, least: int | None = None) -> int:
     """``value`` as an int within int64, of at least ``least``."""
     expected = "an integer" if least is None else f"an integer of at least {least}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
         raise DTypeError(f"{name} must be {expected}, got {value!r}")
     number = int(value)
     if least is not None and number < least:
@@ -66,7 +70,7 @@ def flag(value: Any, name: str) -> bool:
 
 def choice(value: Any, name: str, choices: Iterable[str]) -> str:
     """``value``, which must be one of ``choices``."""
-    known = list(choices)
+    known = tuple(choices)
     if not isinstance(value, str) or value not in known:
         raise DomainError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
     return value

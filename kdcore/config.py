@@ -11,12 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from kdcore.checks import choice, file_path, flag, integer, number_in, positive_number
+from kdcore.divergences import NAMES
 from kdcore.errors import ConfigError, DomainError, DTypeError
-from kdcore.objective import DIVERGENCES
 
 __all__ = ["DistillConfig", "read_toml"]
 
-_DIVERGENCE_WORDS = {"forward_kl": "KL(teacher ‖ student)", "reverse_kl": "KL(student ‖ teacher)"}
+#: What the objective calls a divergence with its default parameter.
+_DIVERGENCE_WORDS = {
+    "forward_kl": "KL(teacher ‖ student)",
+    "reverse_kl": "KL(student ‖ teacher)",
+    "jsd": "JSD(½)(teacher, student)",
+    "skew_forward_kl": "KL(teacher ‖ 0.1 teacher + 0.9 student)",
+    "skew_reverse_kl": "KL(student ‖ 0.1 student + 0.9 teacher)",
+    "tvd": "TVD(teacher, student)",
+    "alpha": "α-divergence(½)(teacher, student)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +41,7 @@ class DistillConfig:
     alpha : float
         The weight of the hard cross-entropy, in [0, 1]; the teacher's weight is 1 - alpha.
     divergence : str
-        "forward_kl" or "reverse_kl".
+        The name of one of :mod:`kdcore.divergences`, which then has its default parameter.
     batch_size : int
         Rows a step.
     epochs : int
@@ -94,7 +103,7 @@ class DistillConfig:
                 plain[name] = flag(getattr(self, name), name)
             for name, value in plain.items():
                 object.__setattr__(self, name, value)
-            choice(self.divergence, "divergence", DIVERGENCES)
+            choice(self.divergence, "divergence", NAMES)
             choice(self.vocabulary, "vocabulary", ("error", "truncate"))
         except (DomainError, DTypeError) as error:
             raise ConfigError(str(error)) from None

@@ -1,114 +1,152 @@
 """The algebra of knowledge distillation, one scalar formula a function.
 
-The functions are plain Python that uses ``math`` alone. Each engine binds them with its own compiler
-(``numba.njit``, ``numba.cuda.jit(device=True)``), so a formula that changes here changes everywhere. A formula may
-not call another one, because a bound function cannot call an undecorated one. Exponentials come in as arguments:
-each engine brings its own ``exp2``.
+The functions are plain Python that uses ``math`` alone. Each engine compiles them with its own compiler, so a formula
+that changes here changes everywhere. A formula may call no other one, because a compiled function cannot call one that
+is not; it may call :func:`where`, :func:`log` and :func:`exp`, for which :func:`bound` puts an engine's own. It has no
+branches but ``where``, so that a vector of numbers can take the place of a number. Exponentials of logits come in as
+arguments.
 
 Notation, for one row of V classes:
 
     s, t        student and teacher logits
     T, T_t      temperature of the student (and of the loss), temperature of the teacher
-    m           maximum of a row
-    d           HEADROOM * (x - m), a scaled logit: never positive, 0 at the maximum, -inf outside the support
-    e           exp2(d * rate(T)) = exp((x - m) / T), in [0, 1]
-    z           sum of e over the row, in [1, V]
+    m           maximum of a row, or of a part of it
+    d           x - m, a shifted logit: never positive, -inf outside the support. Where it must not overflow it is
+                scaled by HEADROOM
+    e           exp((x - m) / T), in [0, 1]
+    z           sum of e over the row
     p, q, h     softmax(t / T_t), softmax(s / T), softmax(s)
 
 References: Hinton, Vinyals & Dean 2015, "Distilling the Knowledge in a Neural Network", section 2 (loss, T², limit
-of large T); Kullback & Leibler 1951.
+of large T); Kullback & Leibler 1951. The divergences have theirs in :mod:`kdcore.divergences`.
 """
 
 import math
+from types import FunctionType
 
 __all__ = [
     "ACTIVATIONS",
     "HEADROOM",
+    "alpha_slope",
+    "alpha_term",
+    "bound",
     "cross_entropy",
-    "divergence_gradient",
+    "exp",
     "forward_kl_from_sums",
+    "forward_kl_moment",
+    "forward_kl_slope",
     "forward_kl_term",
     "gelu",
     "identity",
+    "jsd_slope",
+    "jsd_term",
     "kd_gradient",
     "kd_loss",
+    "log",
+    "log_ratio",
     "log_softmax",
+    "merged_forward_kl",
     "rate",
     "relu",
     "reverse_kl_slope",
     "reverse_kl_term",
     "scaled_logit",
+    "shift_factor",
+    "skew_forward_kl_slope",
+    "skew_forward_kl_term",
+    "skew_reverse_kl_slope",
+    "skew_reverse_kl_term",
     "tanh",
+    "tvd_slope",
+    "tvd_term",
+    "where",
 ]
 
-#: Scaled logits d carry this factor. A power of two costs no accuracy, and it leaves room: no difference of finite
-#: float32 logits overflows, whatever their size, nor its product with a ratio of temperatures.
+#: A scaled logit HEADROOM * (x - m) cannot overflow, whatever the size of finite logits. A power of two costs no
+#: accuracy.
 HEADROOM = 2.0**-24
+
+#: Probabilities below are 0 for the divergences: their reciprocals would overflow in float32, and no sum shows them.
+_LEAST = 2.0**-124
+
+
+def where(condition, x, y):
+    """``x`` where the condition holds, else ``y``; both have been computed."""
+    return x if condition else y
+
+
+def log(x):
+    """The natural logarithm of a positive number; what it gives elsewhere must not be used."""
+    return math.log(x) if x > 0 else -math.inf
+
+
+def exp(x):
+    """The exponential of a number that is not positive, or barely."""
+    return math.exp(x)
+
+
+def bound(formula, functions):
+    """A copy of a formula that finds ``functions`` (a dict by name) where it says where, log or exp."""
+    names = {**formula.__globals__, **functions}
+    return FunctionType(formula.__code__, names, formula.__name__, formula.__defaults__, formula.__closure__)
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
 
 
 def scaled_logit(x, m, headroom):
-    """d = HEADROOM * (x - m); ``headroom`` is HEADROOM in the type of x, ``m`` the maximum of the row."""
+    """HEADROOM * (x - m); ``headroom`` is HEADROOM in the type of x."""
     return x * headroom - m * headroom
 
 
 def rate(temperature):
     """What turns d into an exponent of 2: exp((x - m) / T) = exp2(d * rate)."""
-    return math.log2(math.e) / HEADROOM / temperature
+    return math.log2(math.e) / temperature
 
 
-def log_softmax(d, z, temperature):
+def log_softmax(d, inverse_temperature, log_z):
     """log softmax(x / T) of one class."""
-    return d / HEADROOM / temperature - math.log(z)
+    return d * inverse_temperature - log_z
 
 
 def cross_entropy(d, z):
-    """-log h of the label: ``d`` is the label's scaled logit, z the sum at T = 1. +inf where d is -inf."""
+    """-log h of the label: ``d`` is the label's logit scaled by HEADROOM, z the sum at T = 1. +inf where d is -inf."""
     return math.log(z) - d / HEADROOM
 
 
-def forward_kl_term(e_t, d_t, d_s, ratio):
+def forward_kl_moment(e_t, d_t, d_s, ratio):
     """One class of w = sum of e_t (d_t - ratio d_s), ratio = T_t / T, from which KL(p || q) follows.
 
     0 log 0 = 0: a class outside the teacher's support adds nothing. Inside it, a class that the student rules out
-    makes the divergence +inf. Support is read off the logits, not off exponentials that may have underflowed.
+    makes the divergence +inf: the term is +inf, or NaN where e_t has underflowed to 0.
     """
-    if d_t == -math.inf:
-        return e_t  # the exponential of -inf: zero, in the type of the row
-    if d_s == -math.inf:
-        return -d_s
-    return e_t * (d_t - ratio * d_s)
+    return e_t * where(d_t == -math.inf, 0.0, d_t - ratio * d_s)
+
+
+def shift_factor(d, temperature):
+    """What a sum of exponentials is multiplied by when the maximum that it is relative to rises by -d, d scaled."""
+    return math.exp(d / HEADROOM / temperature)
+
+
+def merged_forward_kl(w, z_t, d_t, d_s, ratio, factor):
+    """w of a part of a row, scaled by HEADROOM, after the maxima have risen by -d_t and -d_s, scaled alike."""
+    return where(z_t > 0.0, factor * (w + z_t * where(d_s == -math.inf, 0.0, d_t - ratio * d_s)), 0.0)
 
 
 def forward_kl_from_sums(w, z_t, z_s, teacher_temperature):
-    """KL(p || q) = sum p (log p - log q), with one logarithm for the whole row."""
-    return w / HEADROOM / teacher_temperature / z_t + math.log(z_s / z_t)
+    """KL(p || q) = sum p (log p - log q), with one logarithm for the whole row; w is scaled by HEADROOM.
 
-
-def reverse_kl_term(p, q, log_p, log_q):
-    """One class of KL(q || p) = sum q (log q - log p)."""
-    if log_q == -math.inf:
-        return 0.0
-    if log_p == -math.inf:
-        return math.inf
-    return q * (log_q - log_p)
-
-
-def reverse_kl_slope(p, q, log_p, log_q):
-    """d/dq of q (log q - log p), less the constant 1, which cancels in the logit gradient."""
-    if log_q == -math.inf or log_p == -math.inf:
-        return 0.0  # outside the student's support q is 0; a +inf divergence has no gradient at all
-    return log_q - log_p
-
-
-def divergence_gradient(q, slope, mean_slope):
-    """dD/d(s/T) of one class for D = sum phi(p, q): q (phi' - sum of q phi')."""
-    return q * (slope - mean_slope)
+    In a row without NaN, w is NaN where a class of the teacher's support, ruled out by the student, has underflowed.
+    """
+    kl = w / HEADROOM / teacher_temperature / z_t + math.log(z_s / z_t)
+    return math.inf if math.isnan(kl) else kl
 
 
 def kd_gradient(e_h, e_q, e_p, hard, soft_q, soft_p):
     """One class of the logit gradient, before the label's own term: hard h + soft (q - p).
 
-    The factors hold the normalisers: hard = alpha / z_h, soft_q = (1 - alpha) T / z_q and so on.
+    The factors hold the normalisers: hard = alpha / z_h, soft_q = (1 - alpha) T / z_q and so on. For a divergence that
+    is the sum of phi(p, q), q phi' stands for e_q and q for e_p, with soft_p = soft_q times the sum of q phi'.
     """
     return hard * e_h + (soft_q * e_q - soft_p * e_p)
 
@@ -120,6 +158,134 @@ def kd_loss(ce, kl, alpha):
     if alpha == 1.0:
         return ce
     return alpha * ce + (1.0 - alpha) * kl
+
+
+# --- divergences ---------------------------------------------------------------------------------------------------
+#
+# A divergence D = sum of phi(p, q) is two formulas of one class: its term phi, and its slope q phi', phi' = dphi/dq
+# (with the factor q, because phi' alone may be infinite where q is 0). Both take (p, q, r, c): r = log q - log p, which
+# is known better than its parts, and c the divergence's parameter. r is -inf or +inf where q or p alone rules the class
+# out, and finite where both do; p and q may have underflowed to 0 inside the support. A phi may differ from the
+# textbook's by a multiple of q - p, whose sum is 0: chosen so that no phi is negative, it adds up without cancellation.
+
+
+def log_ratio(d_s, d_t, inverse_s, inverse_t, constant):
+    """r = log q - log p, where the constant is log z_t - log z_s: both inside the support of p or of q."""
+    log_q, log_p = d_s * inverse_s, d_t * inverse_t
+    return where(log_q == log_p, 0.0, log_q - log_p) + constant  # so that -inf less -inf is 0
+
+
+def forward_kl_term(p, q, r, c):
+    """KL(p || q): -p r + q - p."""
+    return where(r == math.inf, q, (q - p) - p * r)
+
+
+def forward_kl_slope(p, q, r, c):
+    """q phi' of KL(p || q)."""
+    return q - p
+
+
+def reverse_kl_term(p, q, r, c):
+    """KL(q || p): q r + p - q."""
+    return where(r == -math.inf, p, q * r + (p - q))
+
+
+def reverse_kl_slope(p, q, r, c):
+    """q phi' of KL(q || p)."""
+    return where(r == -math.inf, 0.0, q * r)
+
+
+def jsd_term(p, q, r, c):
+    """c KL(p || m) + (1 - c) KL(q || m), m = c p + (1 - c) q."""
+    m = c * p + (1.0 - c) * q
+    m = where(m > _LEAST, m, 1.0)
+    n = 1.0 / m
+    return c * p * log(where(p > 0.0, p, m) * n) + (1.0 - c) * q * log(where(q > 0.0, q, m) * n)
+
+
+def jsd_slope(p, q, r, c):
+    """q phi' of the Jensen-Shannon divergence."""
+    m = c * p + (1.0 - c) * q
+    m = where(m > _LEAST, m, 1.0)
+    n = 1.0 / m
+    return (1.0 - c) * q * log(where(q > 0.0, q, m) * n)
+
+
+def skew_forward_kl_term(p, q, r, c):
+    """KL(p || m), m = c p + (1 - c) q: p log(p / m) + m - p."""
+    m = c * p + (1.0 - c) * q
+    o = where(m > _LEAST, m, 1.0)
+    n = 1.0 / o
+    return p * log(where(p > 0.0, p, o) * n) + (m - p)
+
+
+def skew_forward_kl_slope(p, q, r, c):
+    """q phi' of KL(p || m)."""
+    m = c * p + (1.0 - c) * q
+    n = 1.0 / where(m > _LEAST, m, 1.0)
+    return (1.0 - c) * q * ((m - p) * n)
+
+
+def skew_reverse_kl_term(p, q, r, c):
+    """KL(q || m), m = c q + (1 - c) p: q log(q / m) + m - q."""
+    m = c * q + (1.0 - c) * p
+    o = where(m > _LEAST, m, 1.0)
+    n = 1.0 / o
+    return q * log(where(q > 0.0, q, o) * n) + (m - q)
+
+
+def skew_reverse_kl_slope(p, q, r, c):
+    """q phi' of KL(q || m)."""
+    m = c * q + (1.0 - c) * p
+    o = where(m > _LEAST, m, 1.0)
+    n = 1.0 / o
+    return q * (log(where(q > 0.0, q, o) * n) + c * ((m - q) * n))
+
+
+def tvd_term(p, q, r, c):
+    """Total variation: |p - q| / 2."""
+    return 0.5 * where(p > q, p - q, q - p)
+
+
+def tvd_slope(p, q, r, c):
+    """q phi' of the total variation, with the subgradient 0 at ties."""
+    return where(q > p, 0.5 * q, where(q < p, -0.5 * q, 0.0 * q))
+
+
+def alpha_term(p, q, r, c):
+    """Amari's divergence: (p^c q^(1 - c) - c p - (1 - c) q) / (c (c - 1)).
+
+    With y = log q - log p and g = (p^c q^(1 - c) - q) / c this is (p - q - g) / (1 - c), without a small divisor for
+    c <= 1/2; beyond, p and q change places. Near agreement g = -y q (v - 1) / log v, v = exp(-c y): the rounding of v
+    is in v - 1 as in log v and so falls out (Kahan), and c is not divided by.
+    """
+    high = c > 0.5
+    k, y = where(high, 1.0 - c, c), where(high, 0.0 - r, r)
+    a, b = where(high, p, q), where(high, q, p)
+    close = (k * y) * (k * y) < 0.25
+    v = exp(where(close, -k * y, where(y > 0.0, -k * y, (1.0 - k) * y)))
+    w = where(v == 1.0, 0.5, v)
+    g = where(
+        close,
+        a * where(close, 0.0 - y, 0.0) * where(v == 1.0, 1.0, (w - 1.0) / log(w)),
+        (where(y > 0.0, a, b) * v - a) / k,
+    )
+    return ((b - a) - g) / (1.0 - k)
+
+
+def alpha_slope(p, q, r, c):
+    """q phi' of Amari's divergence: (q - p^c q^(1 - c)) / c, near agreement as in its term."""
+    close = (c * r) * (c * r) < 0.25
+    v = exp(where(close, -c * r, where(r > 0.0, -c * r, (1.0 - c) * r)))
+    w = where(v == 1.0, 0.5, v)
+    return where(
+        close,
+        q * where(close, r, 0.0) * where(v == 1.0, 1.0, (w - 1.0) / log(w)),
+        (q - where(r > 0.0, q, p) * v) / c,
+    )
+
+
+# --- activations ---------------------------------------------------------------------------------------------------
 
 
 def identity(x):

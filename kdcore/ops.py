@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -20,6 +20,7 @@ from kdcore import rowstatus
 from kdcore.checks import choice, flag, integer, number_in, positive_number
 from kdcore.cuda import presence
 from kdcore.cuda.presence import owns as on_device
+from kdcore.divergences import as_divergence
 from kdcore.errors import (
     AliasError,
     DeviceMismatchError,
@@ -32,7 +33,7 @@ from kdcore.errors import (
     UndefinedGradientError,
 )
 from kdcore.formulas import ACTIVATIONS
-from kdcore.objective import DIVERGENCES, Objective
+from kdcore.objective import Objective
 
 __all__ = [
     "KDOutput",
@@ -77,17 +78,38 @@ class KDOutput(NamedTuple):
 # --- engines -------------------------------------------------------------------------------------------------------
 
 
+@cache
+def _modules(engine: str) -> tuple[Any, Any]:
+    return import_module(f"kdcore.{engine}"), import_module(f"kdcore.{engine}.memory")
+
+
+@cache
+def _nothing(dtype: type) -> np.ndarray:
+    return np.empty(0, dtype)
+
+
+@cache
+def _name(dtype: np.dtype) -> str:
+    """dtype.name, which NumPy puts together anew each time, for longer than a small kernel takes."""
+    return dtype.name
+
+
 class _Engine:
     """An engine's functions, its memory, and the value of its last parameter (threads or stream)."""
 
+    __slots__ = ("kernels", "memory", "name", "where")
+
     def __init__(self, name: str, where: Any) -> None:
         self.name = name
-        self.kernels = import_module(f"kdcore.{name}")
-        self.memory = import_module(f"kdcore.{name}.memory")
+        self.kernels, self.memory = _modules(name)
         self.where = where
 
     def empty(self, shape: Any, dtype: Any) -> Any:
         return self.memory.empty(shape, dtype, self.where)
+
+    def nothing(self, dtype: type) -> Any:
+        """An array without elements, for an argument that is not given."""
+        return _nothing(dtype) if self.name == "cpu" else self.empty((0,), dtype)
 
     def full(self, shape: Any, dtype: Any, value: Any) -> Any:
         return self.memory.full(shape, dtype, value, self.where)
@@ -116,14 +138,16 @@ def _threads(value: Any, name: str) -> int:
 
 def _engine(arrays: dict[str, Any], threads: int | None, stream: Any) -> _Engine:
     """The engine of the device on which all ``arrays`` live; None entries do not count."""
-    places = {name: on_device(obj) for name, obj in arrays.items() if obj is not None}
-    if len(set(places.values())) > 1:
-        device = ", ".join(name for name, there in places.items() if there)
-        host = ", ".join(name for name, there in places.items() if not there)
+    device: list[str] = []
+    host: list[str] = []
+    for name, obj in arrays.items():
+        if obj is not None:
+            (device if not isinstance(obj, np.ndarray) and on_device(obj) else host).append(name)
+    if device and host:
         raise DeviceMismatchError(
-            f"arrays must be all on the host or all on a device: {device} on a device, {host} not"
+            f"arrays must be all on the host or all on a device: {', '.join(device)} on a device, {', '.join(host)} not"
         )
-    if any(places.values()):
+    if device:
         if threads is not None:
             raise DomainError(f"threads={threads!r} is for host arrays; device arrays take stream")
         require_cuda()
@@ -177,7 +201,7 @@ def _array(engine: _Engine, obj: Any, name: str) -> Any:
 
 def _logits(engine: _Engine, obj: Any, name: str) -> Any:
     array = _array(engine, obj, name)
-    if array.dtype.name not in _LOGIT_DTYPES:
+    if _name(array.dtype) not in _LOGIT_DTYPES:
         raise DTypeError(f"{name} must be {', '.join(_LOGIT_DTYPES)}, got dtype {array.dtype}")
     if array.ndim == 0:
         raise ShapeError(f"{name} must have the classes as its last dimension, got a 0-d array")
@@ -203,13 +227,6 @@ def _labels(engine: _Engine, obj: Any, lead: tuple[int, ...]) -> Any:
     return array.reshape(-1)
 
 
-def _check_label_range(labels: np.ndarray, lead: tuple[int, ...], classes: int, ignore_index: int) -> None:
-    bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
-    if bad.any():
-        row = int(bad.argmax())
-        raise _label_error(lead, row, int(labels[row]), classes, ignore_index)
-
-
 def _label_error(lead: tuple[int, ...], row: int, label: int, classes: int, ignore_index: int) -> LabelError:
     where = _at("labels", lead, row)
     return LabelError(f"{where} is {label}, neither a class in [0, {classes}) nor ignore_index={ignore_index}")
@@ -232,10 +249,11 @@ def _weights(engine: _Engine, obj: Any, lead: tuple[int, ...]) -> Any:
 
 def _check_scale(weights: np.ndarray, rows: int, denominator: float | None) -> None:
     """Raise unless sums of weights, and weights over the denominator, are finite numbers."""
-    with np.errstate(over="ignore", divide="ignore"):
-        total = float(weights.sum()) if weights.size else float(rows)
-        largest = float(weights.max()) if weights.size else 1.0
-        scale = largest if denominator is None else np.float64(largest) / denominator
+    total, largest = float(rows), 1.0
+    if weights.size:
+        with np.errstate(over="ignore"):
+            total, largest = float(weights.sum()), float(weights.max())
+    scale = largest if denominator is None else largest / denominator
     if not math.isfinite(total):
         raise DomainError(f"weights must have a finite sum, but they add up to {total} (the largest is {largest})")
     if not math.isfinite(scale):
@@ -247,7 +265,7 @@ def _output(engine: _Engine, out: Any, shape: tuple[int, ...], itself: str | Non
     if isinstance(out, list | tuple) or np.isscalar(out):
         raise DTypeError(f"out must be an array, got {type(out).__name__}")
     array = _array(engine, out, "out")
-    if array.dtype.name not in _LOGIT_DTYPES:
+    if _name(array.dtype) not in _LOGIT_DTYPES:
         raise DTypeError(f"out must be {', '.join(_LOGIT_DTYPES)}, got dtype {array.dtype}")
     _same_shape(array.shape, "out", shape, "the result")
     if not engine.memory.is_writable(out):
@@ -285,24 +303,27 @@ def _at(name: str, lead: tuple[int, ...], row: int, column: int | None = None) -
 
 def _mergeable(array: Any) -> bool:
     """Whether all dimensions but the last can be one, without a copy."""
+    if isinstance(array, np.ndarray) and array.flags.c_contiguous:
+        return True
     dims = [(n, stride) for n, stride in zip(tuple(array.shape)[:-1], tuple(array.strides)[:-1], strict=True) if n != 1]
     return 0 in tuple(array.shape) or all(
         outer_stride == inner_n * inner_stride for (_, outer_stride), (inner_n, inner_stride) in pairwise(dims)
     )
 
 
-def _row_blocks(engine: _Engine, lead: tuple[int, ...], arrays: list[Any]) -> Iterator[tuple[slice, list[Any]]]:
+def _row_blocks(engine: _Engine, lead: tuple[int, ...], arrays: list[Any]) -> list[tuple[slice, list[Any]]]:
     """The arrays [lead, V] as views [rows, V], and which of the flattened rows they are.
 
     One block, unless some array's leading dimensions cannot be merged without a copy (a transposed batch).
     """
-    if all(_mergeable(array) for array in arrays):
-        yield slice(0, math.prod(lead)), [engine.memory.as_rows(array) for array in arrays]
-        return
+    if all([_mergeable(array) for array in arrays]):
+        return [(slice(0, math.prod(lead)), [engine.memory.as_rows(array) for array in arrays])]
     inner = math.prod(lead[1:])
-    for i in range(lead[0]):
-        for rows_slice, views in _row_blocks(engine, lead[1:], [array[i] for array in arrays]):
-            yield slice(i * inner + rows_slice.start, i * inner + rows_slice.stop), views
+    return [
+        (slice(i * inner + rows.start, i * inner + rows.stop), views)
+        for i in range(lead[0])
+        for rows, views in _row_blocks(engine, lead[1:], [array[i] for array in arrays])
+    ]
 
 
 def _check_logits(engine: _Engine, status: Any, lead: tuple[int, ...], names: dict[int, str]) -> None:
@@ -322,9 +343,10 @@ def _check_logits(engine: _Engine, status: Any, lead: tuple[int, ...], names: di
 
 def _check_rows(engine: _Engine, status: Any, lead: tuple[int, ...], classes: int, ignore_index: int) -> None:
     """Raise for the first row of a KD call that a kernel could not use, whatever the reason."""
-    codes, details = engine.memory.to_host(status).T
-    if not codes.any():  # rowstatus.OK is 0
+    host = engine.memory.to_host(status)
+    if not host.any():  # rowstatus.OK is 0
         return
+    codes, details = host.T
     if (codes == rowstatus.LABEL).any():
         row = int((codes == rowstatus.LABEL).argmax())
         raise _label_error(lead, row, int(details[row]), classes, ignore_index)
@@ -495,7 +517,7 @@ def _kd(
     if teacher_temperature is not None:
         teacher_temperature = _temperature(teacher_temperature, "teacher_temperature")
     objective = Objective(
-        divergence=choice(divergence, "divergence", DIVERGENCES),
+        divergence=as_divergence(divergence),
         temperature=temperature,
         teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
         alpha=number_in(alpha, "alpha", 0, 1),
@@ -522,13 +544,11 @@ def _kd(
         _same_shape(teacher.shape, "teacher_logits", tuple(student.shape), "student_logits")
     if labels is not None:
         labels = _labels(engine, labels, lead)
-        if check and engine.name == "cpu":
-            _check_label_range(labels, lead, classes, objective.ignore_index)
     elif objective.alpha > 0:
         raise LabelError(f"labels are needed unless alpha is 0, got labels=None and alpha={objective.alpha}")
     else:
-        labels = engine.empty((0,), np.int64)
-    weights = _weights(engine, weights, lead) if weights is not None else engine.empty((0,), np.float64)
+        labels = engine.nothing(np.int64)
+    weights = _weights(engine, weights, lead) if weights is not None else engine.nothing(np.float64)
 
     gradient = None
     if with_gradient and out is not None:
@@ -544,9 +564,10 @@ def _kd(
         engine.kernels.weight_sum(labels, weights, objective.ignore_index, rows, divisor, engine.where)
     else:
         divisor = engine.full((1,), np.float64, 1.0 if denominator is None else denominator)
-    loss, ce, kl = (engine.empty((rows,), np.float64) for _ in range(3))
+    results = engine.empty((3, rows), np.float64)
+    loss, ce, kl = results[0], results[1], results[2]
     status = engine.full((rows if check or engine.name == "cpu" else 0, 2), np.int64, 0)
-    no_gradient = engine.empty((0, classes), student.dtype)
+    no_gradient = None if with_gradient else engine.empty((0, classes), student.dtype)
     arrays = [student, teacher] + ([gradient] if with_gradient else [])
     for part, (s, t, *g) in _row_blocks(engine, lead, arrays):
         engine.kernels.kd_rows(
@@ -556,22 +577,21 @@ def _kd(
     if check:
         _check_rows(engine, status, lead, classes, objective.ignore_index)
     if strict and with_gradient:
-        _check_gradients(engine, status, lead, objective.divergence)
+        _check_gradients(engine, status, lead, objective.divergence.name)
 
-    def reduced(values: Any) -> Any:
-        if reduction == "none":
-            values = values.reshape(lead)
-        else:
-            total = engine.empty((), np.float64)
-            engine.kernels.reduce_rows(values, total, engine.where)
-            values = total
-        return values[()] if engine.name == "cpu" else values
-
+    if reduction == "none":
+        values = [row.reshape(lead) for row in (loss, ce, kl)]
+        if engine.name == "cpu" and not lead:
+            values = [value[()] for value in values]
+    else:
+        totals = engine.empty((3,), np.float64)
+        engine.kernels.reduce_rows(results, totals, engine.where)
+        values = [engine.memory.element(totals, k) for k in range(3)]
     return KDOutput(
-        loss=reduced(loss),
+        loss=values[0],
         gradient=out if out is not None else gradient,
-        ce=reduced(ce) if objective.alpha > 0 else None,
-        kl=reduced(kl) if objective.alpha < 1 else None,
+        ce=values[1] if objective.alpha > 0 else None,
+        kl=values[2] if objective.alpha < 1 else None,
     )
 
 

@@ -3,7 +3,18 @@
 A status is two integers: a code, and the class (or label) that it is about. The codes are shared by both engines.
 """
 
-__all__ = ["LABEL", "NAN", "NO_SUPPORT", "OK", "POSITIVE_INF", "STUDENT", "TEACHER", "UNDEFINED_GRADIENT", "WEIGHT"]
+__all__ = [
+    "LABEL",
+    "NAN",
+    "NO_SUPPORT",
+    "OK",
+    "POSITIVE_INF",
+    "STUDENT",
+    "TEACHER",
+    "TOO_WIDE",
+    "UNDEFINED_GRADIENT",
+    "WEIGHT",
+]
 
 OK = 0
 
@@ -18,3 +29,4 @@ NO_SUPPORT = 3  # all -inf
 LABEL = 31
 WEIGHT = 41
 UNDEFINED_GRADIENT = 51
+TOO_WIDE = 61  # a divergence that float32 cannot hold, for the engine alone: it works the row again in float64

@@ -16,6 +16,13 @@ def same_bits(actual, expected):
     assert actual.tobytes() == expected.tobytes()
 
 
+def in_the_oracle(divergence):
+    """The oracle's words for a ``divergence=``: a name, or a Divergence of kdcore's own with its parameter."""
+    if isinstance(divergence, str):
+        return {"divergence": divergence}
+    return {"divergence": divergence.name, "parameter": divergence.parameter}
+
+
 def assert_kd(student, teacher, labels, temperature, alpha, **options):
     """kd_loss_and_gradient within the contract of the oracle: loss, ce, kl and each gradient row on its own.
 
@@ -37,7 +44,8 @@ def assert_answer(result, student, teacher, labels, temperature, alpha, **option
     student, teacher = student.reshape(rows, V), teacher.reshape(rows, V)
     labels = None if labels is None else np.reshape(labels, rows)
     scales = oracle.row_scales(rows, labels, **masking)
-    exact = oracle.kd(student, teacher, labels, temperature, alpha, weights=scales, reduction="none", **kind)
+    textbook = {**kind, **in_the_oracle(kind.get("divergence", "forward_kl"))}
+    exact = oracle.kd(student, teacher, labels, temperature, alpha, weights=scales, reduction="none", **textbook)
 
     assert np.shape(result.gradient) == (*lead, V)
     gradient = np.asarray(result.gradient).reshape(rows, V)

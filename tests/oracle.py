@@ -4,7 +4,8 @@ Slow, plain and on purpose independent: nothing is imported from the package und
 share bugs. Every function works on the last dimension; s and t are student and teacher logits, T a temperature.
 
 Where ``longdouble`` is no wider than ``float64`` (``WIDER`` is False) the textbook is as exact as float64 allows.
-Hinton, Vinyals & Dean 2015, section 2; Kullback & Leibler 1951.
+Hinton, Vinyals & Dean 2015, section 2; Kullback & Leibler 1951; Lin 1991; Lee 2001; Amari 1985. A divergence is the sum
+of phi(p, q) over the classes, and its gradient by the student's logits is q (phi' - sum of q phi') / T, phi' = dphi/dq.
 """
 
 from __future__ import annotations
@@ -107,12 +108,112 @@ def _pair(s, t, temperature, teacher_temperature):
     return p, log_p, q, log_q, ~np.isneginf(real(t)), ~np.isneginf(real(s))
 
 
-DIVERGENCES = {"forward_kl": (forward_kl, forward_kl_gradient), "reverse_kl": (reverse_kl, reverse_kl_gradient)}
+def _log_mixture(share, log_a, log_b):
+    """log(share a + (1 - share) b), so that no probability underflows on the way."""
+    return np.logaddexp(np.log(REAL(share)) + log_a, np.log1p(-REAL(share)) + log_b)
 
 
-def kd_row(s, t, label, temperature, alpha, divergence="forward_kl", teacher_temperature=None, scale_t2=True):
+def _kl(log_a, log_b):
+    """sum of a (log a - log b) over the classes that a allows; b allows them too."""
+    allowed = log_a > -np.inf
+    return (np.exp(log_a[allowed]) * (log_a[allowed] - log_b[allowed])).sum()
+
+
+def _through_softmax(q, slope, temperature):
+    """dD/ds = q (phi' - sum of q phi') / T, from phi' = dphi/dq where q > 0 and anything finite elsewhere."""
+    return q * (slope - (q * slope).sum()) / REAL(temperature)
+
+
+def jsd(s, t, temperature=1.0, teacher_temperature=None, beta=0.5):
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q."""
+    _, log_p, _, log_q, _, _ = _pair(s, t, temperature, teacher_temperature)
+    log_m = _log_mixture(beta, log_p, log_q)
+    return REAL(beta) * _kl(log_p, log_m) + (1 - REAL(beta)) * _kl(log_q, log_m)
+
+
+def jsd_gradient(s, t, temperature=1.0, teacher_temperature=None, beta=0.5):
+    """phi' = (1 - beta) log(q / m)."""
+    _, log_p, q, log_q, _, allowed_by_s = _pair(s, t, temperature, teacher_temperature)
+    log_m = _log_mixture(beta, log_p, log_q)
+    slope = np.zeros_like(q)
+    slope[allowed_by_s] = (1 - REAL(beta)) * (log_q[allowed_by_s] - log_m[allowed_by_s])
+    return _through_softmax(q, slope, temperature)
+
+
+def skew_forward_kl(s, t, temperature=1.0, teacher_temperature=None, lam=0.1):
+    """KL(p || m), m = lam p + (1 - lam) q."""
+    _, log_p, _, log_q, _, _ = _pair(s, t, temperature, teacher_temperature)
+    return _kl(log_p, _log_mixture(lam, log_p, log_q))
+
+
+def skew_forward_kl_gradient(s, t, temperature=1.0, teacher_temperature=None, lam=0.1):
+    """phi' = -(1 - lam) p / m."""
+    _, log_p, q, log_q, _, allowed_by_s = _pair(s, t, temperature, teacher_temperature)
+    slope = np.zeros_like(q)
+    log_m = _log_mixture(lam, log_p, log_q)
+    slope[allowed_by_s] = -(1 - REAL(lam)) * np.exp(log_p[allowed_by_s] - log_m[allowed_by_s])
+    return _through_softmax(q, slope, temperature)
+
+
+def skew_reverse_kl(s, t, temperature=1.0, teacher_temperature=None, lam=0.1):
+    """KL(q || m), m = lam q + (1 - lam) p."""
+    _, log_p, _, log_q, _, _ = _pair(s, t, temperature, teacher_temperature)
+    return _kl(log_q, _log_mixture(lam, log_q, log_p))
+
+
+def skew_reverse_kl_gradient(s, t, temperature=1.0, teacher_temperature=None, lam=0.1):
+    """phi' = log(q / m) + 1 - lam q / m."""
+    _, log_p, q, log_q, _, allowed_by_s = _pair(s, t, temperature, teacher_temperature)
+    log_ratio = np.zeros_like(q)
+    log_ratio[allowed_by_s] = log_q[allowed_by_s] - _log_mixture(lam, log_q, log_p)[allowed_by_s]
+    return _through_softmax(q, log_ratio + 1 - REAL(lam) * np.exp(log_ratio), temperature)
+
+
+def tvd(s, t, temperature=1.0, teacher_temperature=None):
+    """Total variation: half the sum of |p - q|."""
+    p, _, q, _, _, _ = _pair(s, t, temperature, teacher_temperature)
+    return np.abs(p - q).sum() / 2
+
+
+def tvd_gradient(s, t, temperature=1.0, teacher_temperature=None):
+    """phi' = sign(q - p) / 2, by convention 0 at ties."""
+    p, _, q, _, _, _ = _pair(s, t, temperature, teacher_temperature)
+    return _through_softmax(q, np.sign(q - p) / 2, temperature)
+
+
+def alpha(s, t, temperature=1.0, teacher_temperature=None, a=0.5):
+    """(sum of p^a q^(1 - a) - 1) / (a (a - 1))."""
+    a = REAL(a)
+    _, log_p, _, log_q, _, _ = _pair(s, t, temperature, teacher_temperature)
+    return (np.exp(a * log_p + (1 - a) * log_q).sum() - 1) / (a * (a - 1))
+
+
+def alpha_gradient(s, t, temperature=1.0, teacher_temperature=None, a=0.5):
+    """q phi' = -p^a q^(1 - a) / a; phi' itself may be infinite where q underflows."""
+    a = REAL(a)
+    _, log_p, q, log_q, _, _ = _pair(s, t, temperature, teacher_temperature)
+    q_slope = -np.exp(a * log_p + (1 - a) * log_q) / a
+    return (q_slope - q * q_slope.sum()) / REAL(temperature)
+
+
+#: Value, gradient and the default of the parameter (None: there is none), by name.
+DIVERGENCES = {
+    "forward_kl": (forward_kl, forward_kl_gradient, None),
+    "reverse_kl": (reverse_kl, reverse_kl_gradient, None),
+    "jsd": (jsd, jsd_gradient, 0.5),
+    "skew_forward_kl": (skew_forward_kl, skew_forward_kl_gradient, 0.1),
+    "skew_reverse_kl": (skew_reverse_kl, skew_reverse_kl_gradient, 0.1),
+    "tvd": (tvd, tvd_gradient, None),
+    "alpha": (alpha, alpha_gradient, 0.5),
+}
+
+
+def kd_row(
+    s, t, label, temperature, alpha, divergence="forward_kl", teacher_temperature=None, scale_t2=True, parameter=None
+):
     """alpha CE + (1 - alpha) T² D of one row, as an Answer. A term whose factor is 0 is absent, so 0 * inf is not."""
-    value, slope = DIVERGENCES[divergence]
+    value, slope, default = DIVERGENCES[divergence]
+    parameters = () if default is None else (default if parameter is None else parameter,)
     alpha = REAL(alpha)
     t2 = REAL(temperature) ** 2 if scale_t2 else REAL(1)
     loss, gradient, ce, kl = REAL(0), np.zeros(np.shape(s), REAL), REAL(0), REAL(0)
@@ -121,9 +222,9 @@ def kd_row(s, t, label, temperature, alpha, divergence="forward_kl", teacher_tem
         loss = loss + alpha * ce
         gradient = gradient + alpha * cross_entropy_gradient(s, label)
     if alpha < 1:
-        kl = t2 * value(s, t, temperature, teacher_temperature)
+        kl = t2 * value(s, t, temperature, teacher_temperature, *parameters)
         loss = loss + (1 - alpha) * kl
-        gradient = gradient + (1 - alpha) * t2 * slope(s, t, temperature, teacher_temperature)
+        gradient = gradient + (1 - alpha) * t2 * slope(s, t, temperature, teacher_temperature, *parameters)
     return Answer(loss, gradient, ce, kl)
 
 
@@ -145,6 +246,7 @@ def kd(
     alpha,
     *,
     divergence="forward_kl",
+    parameter=None,
     teacher_temperature=None,
     scale_t2=True,
     ignore_index=-100,
@@ -152,7 +254,10 @@ def kd(
     reduction="mean",
     denominator=None,
 ):
-    """The KD objective of a batch [..., V]: sums of the scaled rows, or the scaled rows [...] for "none"."""
+    """The KD objective of a batch [..., V]: sums of the scaled rows, or the scaled rows [...] for "none".
+
+    ``parameter`` is the divergence's own, by default as in :data:`DIVERGENCES`.
+    """
     lead, classes = np.shape(student)[:-1], np.shape(student)[-1]
     s = np.reshape(student, (-1, classes))
     t = s if teacher is None else np.reshape(teacher, (-1, classes))
@@ -165,7 +270,7 @@ def kd(
     loss, ce, kl = np.zeros((3, rows), REAL)
     for i in np.flatnonzero(scales):  # a masked row is not read
         label = None if y is None else y[i]
-        row = kd_row(s[i], t[i], label, temperature, alpha, divergence, teacher_temperature, scale_t2)
+        row = kd_row(s[i], t[i], label, temperature, alpha, divergence, teacher_temperature, scale_t2, parameter)
         loss[i], ce[i], kl[i] = scales[i] * row.loss, scales[i] * row.ce, scales[i] * row.kl
         gradient[i] = scales[i] * row.gradient
     if reduction == "none":

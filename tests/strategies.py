@@ -23,8 +23,8 @@ DTYPE_PAIRS = [(dtype, dtype) for dtype in DTYPES] + [
     (DTYPES[1], DTYPES[0]),
     (DTYPES[0], DTYPES[1]),
 ]
-#: The other divergence is built by the same loop, so three pairs are enough for its own formulas.
-REVERSE_DTYPE_PAIRS = [(DTYPES[0], DTYPES[0]), (DTYPES[1], DTYPES[1]), (BFLOAT16, BFLOAT16)]
+#: The divergences of two formulas share a loop, so three pairs are enough for the formulas of each.
+FORMULA_DTYPE_PAIRS = [(DTYPES[0], DTYPES[0]), (DTYPES[1], DTYPES[1]), (BFLOAT16, BFLOAT16)]
 
 #: 1 has nothing to distil, 2 and 3 are below a vector's width, 17 and 33 have a remainder, 1025 a second block.
 VOCABULARIES = [1, 2, 3, 5, 16, 17, 33, 257, 1025]
@@ -35,6 +35,8 @@ SUPPORTS = ["all", "all", "all", "shared", "teacher", "student", "both"]
 temperatures = st.one_of(st.sampled_from([0.05, 0.5, 1.0, 2.0, 4.0, 20.0, 100.0]), st.floats(0.05, 100.0))
 alphas = st.one_of(st.sampled_from([0.0, 0.3, 1.0]), st.floats(0.0, 1.0, allow_subnormal=False))
 seeds = st.integers(0, 2**32 - 1)
+#: Parameters of divergences, of which the float32 nearest to 0.999 leaves only three digits of 1 - 0.999.
+shares = st.one_of(st.sampled_from([0.1, 0.5, 0.9, 0.001, 0.999]), st.floats(0.001, 0.999))
 
 
 class Problem(NamedTuple):

@@ -30,8 +30,8 @@ FLOORS = [
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 #: The pipeline and what belongs to it: units that are named nowhere above, over which only the entry points stand.
 ROOF = len(FLOORS)
-#: kdcore's own __init__ names everything, lazily; testing and demo are users of the house.
-OUTSIDE = {"", "__main__", "cli", "testing", "demo"}
+#: kdcore's own __init__ names everything, lazily; testing, demo and bench are users of the house.
+OUTSIDE = {"", "__main__", "cli", "testing", "demo", "bench"}
 
 
 def unit(module):

@@ -21,6 +21,7 @@ from kdcore import (
     SyntheticBatchSource,
     VocabularyMismatchError,
 )
+from kdcore.divergences import NAMES, jsd
 
 FIELDS = [field.name for field in dataclasses.fields(DistillConfig)]
 
@@ -43,6 +44,10 @@ OUT_OF_RANGE = [
     ("divergence", "kl"),
     ("divergence", None),
     ("divergence", ["forward_kl"]),
+    ("divergence", "JSD"),
+    ("divergence", "jsd(0.3)"),
+    ("divergence", jsd),
+    ("divergence", jsd(0.3)),  # a checkpoint stores names
     ("batch_size", 0),
     ("batch_size", -1),
     ("batch_size", 2.0),
@@ -213,12 +218,30 @@ def test_toml_without_a_file(tmp_path):
         ({"alpha": 0}, "0.00 · CE + 1.00 · T² · KL(teacher ‖ student), T = 4"),
         ({"alpha": 1, "temperature": 1}, "1.00 · CE + 0.00 · T² · KL(teacher ‖ student), T = 1"),
         ({"divergence": "reverse_kl", "temperature": 2.5}, "0.30 · CE + 0.70 · T² · KL(student ‖ teacher), T = 2.5"),
+        ({"divergence": "jsd"}, "0.30 · CE + 0.70 · T² · JSD(½)(teacher, student), T = 4"),
+        (
+            {"divergence": "skew_forward_kl"},
+            "0.30 · CE + 0.70 · T² · KL(teacher ‖ 0.1 teacher + 0.9 student), T = 4",
+        ),
+        (
+            {"divergence": "skew_reverse_kl"},
+            "0.30 · CE + 0.70 · T² · KL(student ‖ 0.1 student + 0.9 teacher), T = 4",
+        ),
+        ({"divergence": "tvd"}, "0.30 · CE + 0.70 · T² · TVD(teacher, student), T = 4"),
+        ({"divergence": "alpha"}, "0.30 · CE + 0.70 · T² · α-divergence(½)(teacher, student), T = 4"),
         # A weight that is there does not read as absent.
         ({"alpha": 0.999}, "0.999 · CE + 0.001 · T² · KL(teacher ‖ student), T = 4"),
     ],
 )
 def test_objective(values, words):
     assert DistillConfig(output_dir="run", **values).objective() == words
+
+
+@pytest.mark.parametrize("divergence", NAMES)
+def test_every_divergence_has_its_own_words(divergence):
+    config = DistillConfig.from_mapping({"output_dir": "run", "divergence": divergence})
+    others = {DistillConfig(output_dir="run", divergence=name).objective() for name in NAMES if name != divergence}
+    assert config.divergence == divergence and config.objective() not in others
 
 
 # --- every field does something -------------------------------------------------------------------------------------
@@ -276,7 +299,7 @@ def usual(tmp_path_factory):
     [
         ("temperature", 2.0, "logits"),
         ("alpha", 0.25, "logits"),
-        ("divergence", "reverse_kl", "logits"),
+        *(("divergence", name, "logits") for name in NAMES if name != "forward_kl"),
         ("batch_size", 5, "losses"),
         ("epochs", 3, "losses"),
         ("max_steps", 7, "losses"),

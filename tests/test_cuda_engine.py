@@ -9,8 +9,9 @@ import pytest
 
 import kdcore.cpu
 import kdcore.cuda
-from kdcore import rowstatus
+from kdcore import divergences, rowstatus
 from kdcore.cuda.presence import available, owns
+from kdcore.divergences import Divergence, as_divergence, exp, log, where
 from kdcore.errors import DTypeError
 from kdcore.objective import Objective
 from kdcore.testing.bounds import gradient_error, kd_bounds, loss_bound, within
@@ -20,12 +21,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str
 if REASON is None:
     from numba import cuda, float64
 
-    from kdcore.cuda import memory, primitives, rows
+    from kdcore.cuda import kernels, memory, primitives, rows
 
 F16, F32, F64, BF16 = (np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16))
 DTYPES = [F32, F64, F16, BF16]
 PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(F32, BF16), (F64, F32), (F32, F64), (BF16, F16)]
 VOCABULARIES = [1, 5, 33, 100]
+NAMES = divergences.NAMES
 NONE = np.empty(0)
 INF, NAN = np.inf, np.nan
 
@@ -67,8 +69,9 @@ def kd(
     """Row results of an engine as NumPy arrays: loss, ce, kl [B], gradient [B, V], status [B, 2]."""
     B, V = student.shape
     objective = Objective(
-        divergence, temperature, teacher_temperature or temperature, alpha, temperature**2 if scale_t2 else 1.0, -100
-    )
+        as_divergence(divergence), temperature, teacher_temperature or temperature, alpha,
+        temperature**2 if scale_t2 else 1.0, -100,
+    )  # fmt: skip
     s, t = engine.put(student.copy()), engine.put(teacher)
     y = engine.put(np.empty(0, np.int64) if labels is None else np.asarray(labels))
     w = engine.put(NONE if weights is None else np.asarray(weights, np.float64))
@@ -89,15 +92,26 @@ def logits(rng, B, V, dtype, scale=3.0):
     return (rng.normal(size=(B, V)) * scale).astype(dtype)
 
 
+def engines(student, teacher, divergence):
+    """Those to be tried: to compile the host's kernel of each divergence for each pair of dtypes would take minutes."""
+    on_host = [F32, BF16] if divergence.name == "forward_kl" else [F32]
+    return (Host, Device) if student.dtype == teacher.dtype and student.dtype in on_host else (Device,)
+
+
 def assert_kd(student, teacher, labels, weights=None, denominator=1.0, **options):
-    """Both engines are within their bounds of the oracle, row by row, and report usable rows."""
+    """An engine is within its bounds of the oracle, row by row, and reports usable rows.
+
+    So two engines are within the sum of their bounds of each other.
+    """
     temperature, alpha = options.get("temperature", 2.0), options.get("alpha", 0.3)
     scale_t2 = options.get("scale_t2", True)
-    keywords = {key: options[key] for key in ("divergence", "teacher_temperature", "scale_t2") if key in options}
+    divergence = as_divergence(options.pop("divergence", "forward_kl"))
+    keywords = {key: options[key] for key in ("teacher_temperature", "scale_t2") if key in options}
     scales = oracle.row_scales(len(student), labels, weights=weights, reduction="none") / denominator
     read = np.flatnonzero(scales)
     expected = oracle.kd(
-        student, teacher, labels, temperature, alpha, weights=weights, reduction="none", **keywords
+        student, teacher, labels, temperature, alpha, weights=weights, reduction="none",
+        divergence=divergence.name, parameter=divergence.parameter, **keywords,
     )  # fmt: skip
     exact_loss, exact_gradient = expected.loss / denominator, expected.gradient / denominator
     bounds = kd_bounds(
@@ -107,11 +121,12 @@ def assert_kd(student, teacher, labels, weights=None, denominator=1.0, **options
         temperature=temperature,
         alpha=alpha,
         scale=scales[read],
+        divergence=divergence,
         **keywords,
     )
-    for engine in (Host, Device):
+    for engine in engines(student, teacher, divergence):
         loss, ce, kl, gradient, status = kd(
-            engine, student, teacher, labels, weights=weights, denominator=denominator, **options
+            engine, student, teacher, labels, weights=weights, denominator=denominator, divergence=divergence, **options
         )
         masked = np.delete(np.arange(len(student)), read)
         assert np.all(loss[masked] == 0)
@@ -130,11 +145,12 @@ def assert_kd(student, teacher, labels, weights=None, denominator=1.0, **options
         assert np.all(status[read][~finite, 0] == rowstatus.UNDEFINED_GRADIENT)
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    ("divergence", "alpha"), [*((name, 0.3) for name in NAMES), ("forward_kl", 0.0), ("jsd", 0.0), ("forward_kl", 1.0)]
+)
 @pytest.mark.parametrize(("student", "teacher"), PAIRS, ids=dtype_name)
 def test_kd(student, teacher, alpha, divergence):
-    V = VOCABULARIES[(PAIRS.index((student, teacher)) + int(alpha * 10)) % 4]
+    V = VOCABULARIES[(PAIRS.index((student, teacher)) + NAMES.index(divergence) + int(alpha * 10)) % 4]
     rng = np.random.default_rng(V)
     s, t = logits(rng, 3, V, student), logits(rng, 3, V, teacher)
     labels = rng.integers(V, size=3)
@@ -148,6 +164,89 @@ def test_every_class_counts(V):
     assert_kd(s, t, np.array([V - 1, 0]), temperature=1.0)
 
 
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        *(divergences.jsd(beta) for beta in (0.01, 0.9)),
+        *(make(lam) for make in (divergences.skew_forward_kl, divergences.skew_reverse_kl) for lam in (0.01, 0.9)),
+        *(divergences.alpha(a) for a in (0.05, 0.95)),
+    ],
+    ids=repr,
+)
+def test_other_parameters(divergence):
+    rng = np.random.default_rng(20)
+    s, t = logits(rng, 2, 33, F32), logits(rng, 2, 33, F32)
+    s[0, 3] = t[0, 4] = -INF
+    assert_kd(s, t, np.array([0, 32]), divergence=divergence)
+
+
+def test_divergences_share_a_kernel_where_their_formulas_are_the_same():
+    assert kernels.kd_kernel(divergences.jsd(0.3)) is kernels.kd_kernel(divergences.jsd(0.5))
+    assert len({id(kernels.kd_kernel(as_divergence(name))) for name in NAMES}) == len(NAMES)
+
+
+def _hellinger(p, q, r, c):
+    """1 - sqrt(p q) of each class, as (p + q) / 2 - sqrt(p q), with what formulas may call."""
+    both = where(p > 0.0, q, 0) > 0.0
+    product = where(both, p * q, 1.0)
+    return (p + q) / 2.0 - where(both, exp(log(product) / 2.0), 0)
+
+
+def _hellinger_slope(p, q, r, c):
+    both = where(p > 0.0, q, 0) > 0.0
+    return where(both, -0.5 * q * exp(log(where(both, p, 1.0) / where(both, q, 1.0)) / 2), 0)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=dtype_name)
+def test_a_divergence_of_a_users_own(dtype):
+    """A quarter of alpha(1/2), in other words."""
+    rng = np.random.default_rng(21)
+    s, t = logits(rng, 3, 33, dtype), logits(rng, 3, 33, dtype)
+    s[0, ::3] = t[0, ::3] = -INF
+    s[1, 5] = -INF
+    own = Divergence("hellinger", _hellinger, _hellinger_slope)
+    loss, _, kl, gradient, status = kd(Device, s, t, alpha=0.0, divergence=own)
+    expected = oracle.kd(s, t, None, 2.0, 0.0, divergence="alpha", reduction="none")
+    tolerance = 1e-6 if dtype == F32 else 1e-13
+    np.testing.assert_allclose(kl, (expected.kl / 4).astype(F64), atol=tolerance)
+    np.testing.assert_allclose(gradient, (expected.gradient / 4).astype(F64), atol=tolerance)
+    assert np.array_equal(loss, kl)
+    assert not status.any()
+
+
+def test_a_divergence_of_a_users_own_that_is_infinite():
+    """1 / 0, log(0) and what overflows are infinities on a device, and so in the simulator, by NumPy."""
+
+    def term(p, q, r, c):
+        return (p - q) * (p - q) / p + where(p > 0.0, c, exp(1000.0 - p) - log(p) + 1.0 / c)
+
+    s, t = np.zeros((2, 5), F32), np.zeros((2, 5), F32)
+    t[1, 3] = -INF
+    loss, _, _, gradient, status = kd(Device, s, t, alpha=0.0, divergence=Divergence("neyman", term, term))
+    assert loss.tolist() == [0.0, INF]
+    assert np.isnan(gradient).all(axis=1).tolist() == [False, True]
+    assert status[:, 0].tolist() == [rowstatus.OK, rowstatus.UNDEFINED_GRADIENT]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_between_equals(name):
+    """Ties of a whole row: student and teacher differ by a constant at most, and one class is always certain."""
+    t = np.random.default_rng(22).integers(-5, 5, (2, 33)).astype(F32)
+    t[1, ::2] = -INF
+    for s, other in ((t, t), (t + F32.type(4), t), (t[:, 1:2], t[:, 3:4])):
+        loss, _, _, gradient, status = kd(Device, s, other, alpha=0.0, divergence=name)
+        np.testing.assert_allclose(loss, 0, atol=1e-7)
+        np.testing.assert_allclose(gradient, 0, atol=1e-7)
+        assert not status.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ties_of_some_classes(name):
+    t = np.array([[0, 1, 2, -1, 3], [4, 4, 4, 4, 4]], F32)
+    s = np.array([[0, 2, 1, 3, -1], [4, 4, 4, -INF, 4]], F32)
+    assert_kd(s, t, np.array([0, 1]), divergence=name)
+
+
 @pytest.mark.parametrize(("temperature", "scale"), [(0.05, 1.0), (0.5, 30.0), (20.0, 0.1), (100.0, 1e4), (1.0, 1e37)])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=dtype_name)
 def test_kd_at_other_temperatures_and_scales(dtype, temperature, scale):
@@ -156,36 +255,75 @@ def test_kd_at_other_temperatures_and_scales(dtype, temperature, scale):
     assert_kd(s, t, np.array([0, 32]), temperature=temperature)
 
 
-def test_kd_with_another_teacher_temperature_and_without_t2():
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("temperature", "scale"), [(0.05, 30.0), (20.0, 0.1)])
+def test_divergences_at_other_temperatures_and_scales(temperature, scale, name):
+    rng = np.random.default_rng(23)
+    s, t = logits(rng, 1, 33, F32, scale), logits(rng, 1, 33, F32, scale)
+    assert_kd(s, t, np.array([0]), temperature=temperature, divergence=name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("temperature", [1e-3, 1.0])
+def test_huge_float32_logits_do_not_overflow(temperature, name):
+    x = np.where(np.arange(33) % 3 == 0, 3e38, -3e38).astype(F32)[None]
+    for s, t in ((x, -x), (x, x), (np.zeros_like(x), x)):
+        assert_kd(s, t, np.array([1]), temperature=temperature, divergence=name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kd_with_another_teacher_temperature_and_without_t2(name):
     rng = np.random.default_rng(2)
     s, t = logits(rng, 2, 33, F32), logits(rng, 2, 33, F32)
-    for divergence in ("forward_kl", "reverse_kl"):
-        assert_kd(s, t, np.array([0, 32]), teacher_temperature=5.0, scale_t2=False, divergence=divergence)
+    assert_kd(s, t, np.array([0, 32]), teacher_temperature=5.0, scale_t2=False, divergence=name)
 
 
 @pytest.mark.parametrize("temperature", [1e-35, 1e35])
 def test_temperatures_beyond_float32(temperature):
     rng = np.random.default_rng(3)
-    s, t = logits(rng, 1, 5, F32), logits(rng, 1, 5, F32)
-    host, device = (kd(e, s, t, np.array([1]), temperature=temperature, scale_t2=False) for e in (Host, Device))
-    for x, y in zip(host[:4], device[:4], strict=True):
-        np.testing.assert_allclose(y, x, rtol=1e-6, atol=1e-12)
+    s, t, labels = logits(rng, 1, 5, F32), logits(rng, 1, 5, F32), np.array([1])
+    expected = oracle.kd(s, t, labels, temperature, 0.3, scale_t2=False, reduction="none")
+    got = kd(Device, s, t, labels, temperature=temperature, scale_t2=False)
+    for x, y in zip((expected.loss, expected.ce, expected.kl, expected.gradient), got[:4], strict=True):
+        np.testing.assert_allclose(y, x.astype(F64), rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
-@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=dtype_name)
-def test_classes_that_are_ruled_out(dtype, divergence):
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [*((F32, name) for name in NAMES), *itertools.product([F64, F16, BF16], ["forward_kl", "reverse_kl"])],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_classes_that_are_ruled_out(dtype, name):
     rng = np.random.default_rng(4)
     s, t = logits(rng, 5, 33, dtype), logits(rng, 5, 33, dtype)
     s[0, ::3] = t[0, ::3] = -INF  # by both: finite whatever the divergence
     s[1, 1:] = t[1, 1:] = -INF  # one class left
-    t[2, 5] = -INF  # by the teacher: forward KL is finite, reverse KL is +inf
-    s[3, 32] = -INF  # by the student: forward KL is +inf, with a gradient; reverse KL is finite
+    t[2, 5] = -INF  # by the teacher: reverse KL is +inf
+    s[3, 32] = -INF  # by the student: forward KL is +inf, with a gradient
     s[4, 7] = t[4, 8] = -INF
     labels = np.array([1, 0, 5, 0, 0])
-    assert_kd(s, t, labels, divergence=divergence)
-    loss = kd(Device, s, t, labels, divergence=divergence)[0]
-    assert np.isposinf(loss).tolist() == [False, False, divergence != "forward_kl", divergence == "forward_kl", True]
+    assert_kd(s, t, labels, divergence=name)
+    loss = kd(Device, s, t, labels, divergence=name)[0]
+    infinite = {"forward_kl": [3, 4], "reverse_kl": [2, 4]}
+    assert np.flatnonzero(np.isposinf(loss)).tolist() == infinite.get(name, [])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_class_that_is_ruled_out_and_has_underflowed(name):
+    """What the other row's support says counts, where a probability is as good as 0: 0 * inf is +inf here."""
+    t = np.array([[0.0, 1.0, -1e5], [0.0, 1.0, -INF], [0.0, -1e5, -INF]], F32)
+    s = np.array([[1.0, 0.0, -INF], [1.0, 0.0, -1e5], [0.0, -INF, -INF]], F32)
+    assert_kd(s, t, np.array([0, 1, 0]), divergence=name)
+    loss = kd(Device, s, t, np.array([0, 1, 0]), divergence=name)[0]
+    infinite = {"forward_kl": [0, 2], "reverse_kl": [1]}
+    assert np.flatnonzero(np.isposinf(loss)).tolist() == infinite.get(name, [])
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+def test_a_teacher_of_more_range_than_the_student(name):
+    t = np.array([[0.0, -1e100, 1.0], [1e100, -1e100, 1e100]])
+    s = np.array([[0.0, -INF, 2.0], [0.0, 1.0, 2.0]], F32)
+    assert_kd(s, t, np.array([0, 1]), divergence=name)
 
 
 def test_a_label_that_the_student_rules_out():
@@ -224,8 +362,9 @@ def test_at_alpha_1_the_teacher_is_not_read():
     assert_kd(s, np.full_like(s, NAN), np.array([0, 32]), alpha=1.0)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_name)
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize(
+    ("dtype", "divergence"), [(F32, "forward_kl"), (BF16, "forward_kl"), (F32, "reverse_kl")], ids=dtype_name
+)
 def test_rows_that_cannot_be_used(dtype, divergence):
     rng = np.random.default_rng(9)
     s, t = logits(rng, 9, 20, dtype), logits(rng, 9, 20, dtype)
@@ -257,12 +396,20 @@ def test_rows_that_cannot_be_used(dtype, divergence):
     ]
 
 
-@pytest.mark.parametrize(("divergence", "alpha"), [("forward_kl", 0.3), ("reverse_kl", 0.3), ("forward_kl", 1.0)])
-@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=dtype_name)
+@pytest.mark.parametrize(
+    ("dtype", "divergence", "alpha"),
+    [
+        *itertools.product([F32, F64, F16, BF16], ["forward_kl", "reverse_kl"], [0.3]),
+        *((F32, name, 0.0) for name in NAMES),
+        (F32, "forward_kl", 1.0),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_a_gradient_in_place(dtype, divergence, alpha):
     rng = np.random.default_rng(10)
     s, t = logits(rng, 3, 33, dtype), logits(rng, 3, 33, dtype)
     s[2, 4] = NAN
+    t[1, 5] = -INF
     labels = np.array([0, 32, 1])
     apart, in_place = (
         kd(Device, s, t, labels, divergence=divergence, alpha=alpha, in_place=in_place) for in_place in (False, True)
@@ -298,7 +445,7 @@ def test_results_do_not_depend_on_strides_or_on_other_rows():
     loss, ce, kl = (memory.empty((3,), np.float64, None) for _ in range(3))
     kdcore.cuda.kd_rows(
         d_s[::2, ::2], d_t[::2, ::2], memory.to_device(np.array([0, 32, 1]), None), memory.to_device(NONE, None),
-        memory.full((1,), np.float64, 1.0, None), Objective("forward_kl", 2.0, 2.0, 0.3, 4.0, -100),
+        memory.full((1,), np.float64, 1.0, None), Objective(as_divergence("forward_kl"), 2.0, 2.0, 0.3, 4.0, -100),
         out[::2, ::2], loss, ce, kl, memory.to_device(np.empty((0, 2), np.int64), None), None,
     )  # fmt: skip
     assert np.array_equal(memory.to_host(loss), expected[0])
@@ -364,10 +511,13 @@ def test_sums(rows_):
             engine.kernels.weight_sum(engine.put(y), engine.put(w), -1, rows_, out, engine.where)
             results.append(engine.get(out)[0])
         np.testing.assert_allclose(results[1], results[0], rtol=1e-14)
-    total = memory.empty((), np.float64, None)
-    kdcore.cuda.reduce_rows(memory.to_device(weights, None), total, None)
-    assert total.shape == ()
-    np.testing.assert_allclose(memory.to_host(total), weights.sum(), rtol=1e-14)
+    rows = np.stack([weights, 2 * weights, weights**2])
+    totals = memory.empty((3,), np.float64, None)
+    kdcore.cuda.reduce_rows(memory.to_device(rows, None), totals, None)
+    np.testing.assert_allclose(memory.to_host(totals), rows.sum(axis=1), rtol=1e-14)
+    second = memory.element(totals, 1)
+    assert second.shape == ()
+    np.testing.assert_allclose(memory.to_host(second), rows[1].sum(), rtol=1e-14)
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "tanh", "gelu"])

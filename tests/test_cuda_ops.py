@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import kdcore
+from kdcore import divergences
 from kdcore.cuda.presence import available
 
 REASON = available()
@@ -65,6 +66,18 @@ def test_parts_of_the_objective(batch):
     only = kdcore.kd_loss_and_gradient(s, t, None, 3.0, 0.0, denominator=7.0)
     assert only.ce is None
     assert_same(kdcore.kd_loss(student, teacher, None, 3.0, 0.0, denominator=7.0), only.loss, "float64")
+
+
+@pytest.mark.parametrize("divergence", [*divergences.NAMES, divergences.jsd(0.2)], ids=str)
+def test_divergences(batch, divergence):
+    student, teacher, labels, _ = batch
+    teacher[1, 1, 5] = 0
+    arrays = [array[:1].astype(np.float32) for array in (student, teacher)]
+    options = {"divergence": divergence, "reduction": "none"}
+    host = kdcore.kd_loss_and_gradient(*arrays, labels[:1], 2.0, 0.3, **options)
+    device = kdcore.kd_loss_and_gradient(*on_device(*arrays, labels[:1]), 2.0, 0.3, **options)
+    for ours, theirs in zip(host, device, strict=True):
+        assert_same(ours, theirs, "float32")
 
 
 def test_reverse_kl_without_a_gradient(batch):

@@ -23,7 +23,7 @@ def test_an_edited_formula_is_compiled_anew(tmp_path):
     assert value() == 0.0
     formulas = tmp_path / "kdcore" / "formulas.py"
     text = formulas.read_text(encoding="utf-8")
-    line = "return d / HEADROOM / temperature - math.log(z)"
+    line = "return d * inverse_temperature - log_z"
     assert text.count(line) == 1
     formulas.write_text(text.replace(line, f"{line} + 1.0"), encoding="utf-8")
     assert value() == 1.0

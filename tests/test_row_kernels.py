@@ -15,6 +15,7 @@ from kdcore.cpu.rows import (
     hinton_gradient_row,
     log_softmax_row,
     logsumexp_row,
+    row_scratch,
     softmax_row,
 )
 from kdcore.testing import bounds
@@ -41,7 +42,7 @@ def assert_everything(s, t, T):
     working = np.dtype(bounds.working_dtype(s.dtype))
     p, log_p, gradient = (np.full((B, V), np.nan, s.dtype) for _ in range(3))
     losses = np.full((B, 3), np.nan)
-    everything(s, t, labels, T, np.empty((4, V), working), p, log_p, gradient, losses)
+    everything(s, t, labels, T, row_scratch(V, working.type(0)), p, log_p, gradient, losses)
 
     G, R = bounds.GRADIENT[working.name], bounds.RELATIVE_LOSS[working.name]
     exact = oracle.softmax(s, T)
@@ -92,7 +93,7 @@ def teacher_of_two(a, b, weight, s, T, scratch, mixture, gradient):
 def test_an_ensemble_written_by_a_user():
     a, b, s = np.random.default_rng(3).normal(size=(3, 4, 50)) * 3
     gradient, T, weight = np.empty_like(s), 2.0, 0.3
-    total = teacher_of_two(a, b, weight, s, T, np.empty((4, 50)), np.empty((3, 50)), gradient)
+    total = teacher_of_two(a, b, weight, s, T, row_scratch(50, 0.0), np.empty((3, 50)), gradient)
     p = weight * oracle.softmax(a, T) + (1 - weight) * oracle.softmax(b, T)
     log_q = oracle.log_softmax(s, T)
     np.testing.assert_allclose(total, float(T**2 * (p * (np.log(p) - log_q)).sum()), rtol=1e-12)
@@ -102,7 +103,7 @@ def test_an_ensemble_written_by_a_user():
 def test_infinite_losses_come_out_of_a_users_kernel():
     s, t = np.array([[[0.0, -np.inf, 1.0]], [[0.0, 1.0, -np.inf]]], np.float32)
     losses, p, log_p, gradient = np.empty((1, 3)), np.empty_like(s), np.empty_like(s), np.empty_like(s)
-    everything(s, t, np.array([1]), 2.0, np.empty((4, 3), np.float32), p, log_p, gradient, losses)
+    everything(s, t, np.array([1]), 2.0, row_scratch(3, np.float32(0)), p, log_p, gradient, losses)
     np.testing.assert_array_equal(losses[0, 1:], [np.inf, np.inf])
     exact = oracle.kd(s, t, None, 2.0, 0.0).gradient.astype(float)
     np.testing.assert_allclose(gradient, exact, atol=1e-6)

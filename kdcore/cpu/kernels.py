@@ -1,108 +1,110 @@
 """Kernels of the CPU engine: serial njit loops over the rows [lo, hi) of a batch, to be run by a thread pool.
 
-Letters: B rows, V classes. Logits and gradients [B, V] in storage form (see :mod:`kdcore.cpu.primitives`), ``work``
-a tuple of rows [V] in the working type, row results [B] float64, ``status`` [B, 2] int64 (see :mod:`kdcore.rowstatus`).
+Letters: B rows, V classes, K teachers. Logits and gradients are flat arrays in storage form (see
+:mod:`kdcore.cpu.primitives`), row i from element i * stride on. ``work`` [rows, width] is scratch of the working type,
+``states`` [blocks + 2, columns] of float64: the sums of each block, of the row, and the row's factors. Row results [B]
+float64, ``status`` [B, 2] int64 (see :mod:`kdcore.rowstatus`).
+
+A kernel goes through a row in **phases**. Those on blocks may be given to several threads, block by block, with a call
+of the kernel for each phase in turn: so a single long row uses all threads. Otherwise one call does them all.
 """
 
 import math
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
 from numba import njit
 
 from kdcore import formulas
-from kdcore.cpu.primitives import from_real
+from kdcore.cpu.primitives import bind, inner
 from kdcore.cpu.rows import (
+    BLOCK,
+    E_S,
+    E_T,
+    M_S,
+    M_T,
+    PAD_S,
+    PAD_T,
+    SLOPE,
+    Z_H,
+    Z_S,
+    Z_T,
+    D,
+    block_of,
+    block_states,
+    blocks_in,
     check_row,
-    forward_kl_soft,
-    hard_term,
-    log_softmax_row,
-    logsumexp_row,
-    max_row,
-    reverse_kl_soft,
-    scale_row,
-    softmax_row,
-    write_gradient,
+    forward_kl_of,
+    h_power,
+    label_loss,
+    merge_softmax,
+    merge_states,
+    origin,
+    shift_of,
+    softmax_states,
+    two_formula_terms,
+    usable_student,
+    usable_teacher,
+    write_log_softmax,
+    write_row,
+    write_softmax,
 )
-from kdcore.rowstatus import LABEL, STUDENT, TEACHER, UNDEFINED_GRADIENT, WEIGHT
+from kdcore.cpu.simd import fence, from_real, to_real
+from kdcore.rowstatus import LABEL, STUDENT, TEACHER, TOO_WIDE, UNDEFINED_GRADIENT, WEIGHT
 
-__all__ = ["forward_kl_kernel", "log_softmax_kernel", "logsumexp_kernel", "reverse_kl_kernel", "softmax_kernel"]
+__all__ = [
+    "ALL_PHASES",
+    "KD_PHASES",
+    "SOFTMAX_PHASES",
+    "kd_kernel",
+    "log_softmax_kernel",
+    "logsumexp_kernel",
+    "softmax_kernel",
+]
 
-_kd_loss = njit(fastmath=False)(formulas.kd_loss)
+BEGIN, STATES, MERGE, TERMS, FINISH, WRITE = (1 << k for k in range(6))
+ALL_PHASES = BEGIN | STATES | MERGE | TERMS | FINISH | WRITE
+#: The phases in their order, and whether they go block by block.
+KD_PHASES = ((BEGIN, False), (STATES, True), (MERGE, False), (TERMS, True), (FINISH, False), (WRITE, True))
+SOFTMAX_PHASES = ((STATES, True), (MERGE, False), (WRITE, True))
+
+# What BEGIN and MERGE tell the later phases, in the last row of ``states``.
+GO, HARD, SOFT_Q, SOFT_P = range(4)
+
+_kd_loss = bind(formulas.kd_loss)
 
 
-@njit
+@inner
 def _fill(row, value):
     for v in range(row.size):
         row[v] = from_real(value, row[v])
 
 
-@njit
-def _usable(x, argument, status):
-    """The maximum of a row, and whether it can be used; what is wrong with it goes into ``status``."""
-    m, good = max_row(x)
-    if not good:
-        condition, status[1] = check_row(x)
-        status[0] = argument + condition
-    return m, good
+@inner
+def _report_row(x, argument, status):
+    """What is wrong with a row that cannot be used goes into ``status``."""
+    condition, status[1] = check_row(x)
+    status[0] = argument + condition
 
 
-def _kd_rows(soft_term):
-    """The loop over rows for one divergence, given by its row function."""
-
-    @njit
-    def kd_rows(
-        student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
-        work, lo, hi, gradient, loss, ce, kl, status,
-    ):  # fmt: skip
-        d_s, d_t, e_h, e_s, e_t = work[0], work[1], work[2], work[3], work[4]
-        with_gradient = gradient.shape[0] > 0
-        for i in range(lo, hi):
-            loss[i] = ce[i] = kl[i] = 0.0
-            weight = weights[i] if weights.size else 1.0
-            label = labels[i] if labels.size else 0
-            if weight == 0.0 or (labels.size and label == ignore_index):
-                if with_gradient:
-                    _fill(gradient[i], 0.0)
-                continue
-
-            m_s, m_t, good = 0.0, 0.0, True
-            if not 0.0 < weight < math.inf:
-                good, status[i, 0] = False, WEIGHT
-            elif labels.size and not 0 <= label < student.shape[1]:
-                good, status[i, 0], status[i, 1] = False, LABEL, label
-            else:
-                m_s, good = _usable(student[i], STUDENT, status[i])
-                if good and alpha < 1.0:
-                    m_t, good = _usable(teacher[i], TEACHER, status[i])
-            if not good:
-                loss[i] = ce[i] = kl[i] = math.nan
-                if with_gradient:
-                    _fill(gradient[i], math.nan)
-                continue
-
-            scale = weight / denominator[0]
-            hard, soft_q, soft_p = 0.0, 0.0, 0.0
-            scale_row(student[i], m_s, d_s)
-            if alpha > 0.0:
-                value, hard = hard_term(d_s, label, e_h)
-                ce[i] = scale * value
-                hard *= scale * alpha
-            if alpha < 1.0:
-                scale_row(teacher[i], m_t, d_t)
-                value, soft_q, soft_p = soft_term(d_s, d_t, e_s, e_t, temperature, teacher_temperature)
-                kl[i] = scale * kd_scale * value
-                soft_q *= scale * (1.0 - alpha) * kd_scale / temperature
-                soft_p *= scale * (1.0 - alpha) * kd_scale / temperature
-            loss[i] = _kd_loss(ce[i], kl[i], alpha)
-            if with_gradient:
-                write_gradient(e_h, e_s, e_t, alpha, hard, soft_q, soft_p, gradient[i])
-
-    return kd_rows
+# --- knowledge distillation ----------------------------------------------------------------------------------------
 
 
-_forward_kl_rows = _kd_rows(forward_kl_soft)
-_reverse_kl_rows = _kd_rows(reverse_kl_soft)
+@inner
+def _begin(i, classes, labels, weights, ignore_index, status):
+    """1 for a row to be worked, 0 for a masked one, NaN for one whose weight or label cannot be used."""
+    weight = weights[i] if weights.size else 1.0
+    label = labels[i] if labels.size else 0
+    if weight == 0.0 or (labels.size and label == ignore_index):
+        return 0.0
+    if not 0.0 < weight < math.inf:
+        status[0] = WEIGHT
+        return math.nan
+    if labels.size and not 0 <= label < classes:
+        status[0], status[1] = LABEL, label
+        return math.nan
+    return 1.0
 
 
 def _digest():
@@ -112,73 +114,235 @@ def _digest():
     return blake2b(b"".join(path.read_bytes() for path in files + sorted(package.glob("cpu/*.py")))).hexdigest()
 
 
-def _outermost(sources):
-    """The kernels that Python calls.
+_SOURCES = _digest()
 
-    Numba finds a compiled kernel on disk by the kernel's own file and its closure, and does not see an edit of the row
-    functions and formulas that it calls. So the digest of all ``sources`` is in the closure.
+#: Stands for the sweep over terms of a divergence (:func:`kdcore.cpu.rows.two_formula_terms`) in a kernel; None, as
+#: here: the kernel is forward KL's.
+_terms_block = None
+
+
+def _kd_kernel(terms_block, *key, cache=True):
+    """The kernel of one divergence, given by its sweep over terms; None: forward KL, fused.
+
+    Numba finds a compiled kernel on disk by the kernel's own file and closure. It sees neither an edit of the row
+    functions and formulas that it calls, nor what a global name stands for. So the digest of all sources and a ``key``
+    that tells the divergences apart are in the closure, and the sweep is a global of a copy of the function.
     """
+    told_apart = _SOURCES, *key
 
-    @njit(nogil=True, cache=True)
-    def forward_kl_kernel(
-        student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
-        work, lo, hi, gradient, loss, ce, kl, status,
+    def kd_kernel(
+        student, student_stride, teacher, teacher_stride, classes, labels, weights, ignore_index, denominator, alpha,
+        temperature, teacher_temperature, kd_scale, c, work, pads, states, phases, lo, hi, first, last,
+        gradient, gradient_stride, with_gradient, streaming, loss, ce, kl, status,
     ):  # fmt: skip
-        """alpha CE + (1 - alpha) kd_scale KL(p || q), its parts and its gradient, finite even where KL is +inf."""
-        _ = sources
-        _forward_kl_rows(
-            student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature,
-            kd_scale, work, lo, hi, gradient, loss, ce, kl, status,
-        )  # fmt: skip
-
-    @njit(nogil=True, cache=True)
-    def reverse_kl_kernel(
-        student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
-        work, lo, hi, gradient, loss, ce, kl, status,
-    ):  # fmt: skip
-        """alpha CE + (1 - alpha) kd_scale KL(q || p), its parts and its gradient; NaN gradients where KL is +inf."""
-        _ = sources
-        _reverse_kl_rows(
-            student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature,
-            kd_scale, work, lo, hi, gradient, loss, ce, kl, status,
-        )  # fmt: skip
+        """alpha CE + (1 - alpha) kd_scale D(p, q) of the rows [lo, hi), its parts and its gradient."""
+        _ = told_apart
+        fused = _terms_block is None
+        blocks = blocks_in(classes)
+        hard, soft = alpha > 0.0, alpha < 1.0
+        power = h_power(temperature, soft)
+        row, told = states[blocks], states[blocks + 1]
+        inverse_s, inverse_t = 1.0 / temperature, 1.0 / teacher_temperature
         for i in range(lo, hi):
-            if kl[i] == math.inf:
-                status[i, 0] = UNDEFINED_GRADIENT
-                if gradient.shape[0] > 0:
-                    _fill(gradient[i], math.nan)
+            s = student[i * student_stride : i * student_stride + classes]
+            t = teacher[i * teacher_stride : i * teacher_stride + classes]
+            g = gradient[i * gradient_stride : i * gradient_stride + (classes if with_gradient else 0)]
+            if phases & BEGIN:
+                told[GO] = _begin(i, classes, labels, weights, ignore_index, status[i])
+                if told[GO] != 1.0:
+                    loss[i] = ce[i] = kl[i] = told[GO]
+                    _fill(g, told[GO])
+            if phases & STATES and told[GO] == 1.0:
+                for b in range(first, last):
+                    block_states(
+                        s, t, b, hard, soft, power, temperature, teacher_temperature, fused, work, pads, states[b]
+                    )
+            if phases & MERGE and told[GO] == 1.0:
+                merge_states(states, blocks, hard, soft, temperature, teacher_temperature)
+                good = usable_student(row, hard, soft)
+                if not good:
+                    _report_row(s, STUDENT, status[i])
+                elif not usable_teacher(row, soft):
+                    good = False
+                    _report_row(t, TEACHER, status[i])
+                if not good:
+                    told[GO] = loss[i] = ce[i] = kl[i] = math.nan
+                    _fill(g, math.nan)
+            if not fused and phases & TERMS and soft and told[GO] == 1.0:
+                for b in range(first, last):
+                    x, y = block_of(s, b, pads[PAD_S]), block_of(t, b, pads[PAD_T])
+                    start, stop = b * BLOCK, b * BLOCK + x.size
+                    m_s, m_t = states[b, M_S], states[b, M_T]
+                    o_s, o_t = origin(m_s), origin(m_t)
+                    constant = (row[M_T] - o_t) * inverse_t - (row[M_S] - o_s) * inverse_s
+                    states[b, D], states[b, SLOPE] = _terms_block(
+                        x, y, work[E_S, start:stop], work[E_T, start:stop], o_s, o_t,
+                        shift_of(m_s, row[M_S], temperature) / row[Z_S],
+                        shift_of(m_t, row[M_T], teacher_temperature) / row[Z_T],
+                        inverse_s, inverse_t, constant + math.log(row[Z_T] / row[Z_S]), c,
+                    )  # fmt: skip
+            if phases & FINISH and told[GO] == 1.0:
+                scale = (weights[i] if weights.size else 1.0) / denominator
+                label = labels[i] if labels.size else 0
+                loss[i] = ce[i] = kl[i] = 0.0
+                told[HARD] = told[SOFT_Q] = told[SOFT_P] = 0.0
+                if hard:
+                    told[HARD] = scale * alpha / row[Z_H]
+                    ce[i] = scale * label_loss(row, to_real(s[label]))
+                if soft:
+                    size = scale * (1.0 - alpha) * kd_scale / temperature
+                    if fused:
+                        row[D] = forward_kl_of(row, teacher_temperature)
+                        told[SOFT_Q], told[SOFT_P] = size / row[Z_S], size / row[Z_T]
+                    else:
+                        row[D], row[SLOPE] = 0.0, 0.0
+                        for b in range(blocks):
+                            row[D] += states[b, D]
+                            row[SLOPE] += states[b, SLOPE]
+                        # In a row without NaN, a NaN is 0 · inf: a class of p = 0 < q whose q has underflowed.
+                        row[D] = row[D] if row[D] == row[D] else math.inf
+                        told[SOFT_Q], told[SOFT_P] = size, size * row[SLOPE] / row[Z_S]
+                        if row[D] == math.inf:
+                            told[GO] = math.nan
+                            status[i, 0] = TOO_WIDE if work.itemsize == 4 else UNDEFINED_GRADIENT
+                            if status[i, 0] == UNDEFINED_GRADIENT:
+                                _fill(g, math.nan)
+                    kl[i] = scale * kd_scale * row[D]
+                loss[i] = _kd_loss(ce[i], kl[i], alpha)
+            if phases & WRITE and with_gradient and told[GO] == 1.0:
+                write_row(
+                    states, row, first, last, power, told[HARD], told[SOFT_Q], told[SOFT_P], alpha, temperature,
+                    teacher_temperature, fused, labels[i] if hard else -1, work, streaming, g,
+                )  # fmt: skip
+        if streaming:
+            fence()
+
+    return njit(nogil=True, cache=cache, fastmath=False)(formulas.bound(kd_kernel, {"_terms_block": terms_block}))
+
+
+def kd_kernel(divergence):
+    """The kernel of a divergence (see :mod:`kdcore.divergences`), compiled on its first call; any parameter."""
+    return _kernel_of(divergence.name, divergence.term, divergence.slope, divergence.builtin)
+
+
+@cache
+def _kernel_of(name, term, slope, builtin):
+    if term is None:
+        return _kd_kernel(None, name)
+    # A user's formulas may change between two runs without a trace in their names: those are not kept on disk.
+    return _kd_kernel(two_formula_terms(bind(term), bind(slope)), name, cache=builtin)
+
+
+def _softmax_kernels(sources):
+    """The kernels of the softmax family; the digest of all ``sources`` is in their closure, as above."""
 
     @njit(nogil=True, cache=True)
-    def softmax_kernel(logits, temperature, work, lo, hi, out, status):
+    def softmax_kernel(
+        logits,
+        stride,
+        classes,
+        temperature,
+        work,
+        pads,
+        states,
+        phases,
+        lo,
+        hi,
+        first,
+        last,
+        out,
+        out_stride,
+        streaming,
+        status,
+    ):
         """Rows of softmax(x / T); a row that cannot be used becomes NaN."""
         _ = sources
         for i in range(lo, hi):
-            if _usable(logits[i], STUDENT, status[i])[1]:
-                softmax_row(logits[i], temperature, work, out[i])
-            else:
-                _fill(out[i], math.nan)
+            x = logits[i * stride : i * stride + classes]
+            y = out[i * out_stride : i * out_stride + classes]
+            if phases & STATES:
+                softmax_states(x, temperature, True, work, pads, states, first, last)
+            if phases & MERGE:
+                states[-1, GO] = merge_softmax(states, blocks_in(classes), temperature)
+                if not states[-1, GO]:
+                    _report_row(x, STUDENT, status[i])
+                    _fill(y, math.nan)
+            if phases & WRITE and states[-1, GO]:
+                write_softmax(temperature, work, states, first, last, y, streaming)
+        if streaming:
+            fence()
 
     @njit(nogil=True, cache=True)
-    def log_softmax_kernel(logits, temperature, work, lo, hi, out, status):
+    def log_softmax_kernel(
+        logits,
+        stride,
+        classes,
+        temperature,
+        work,
+        pads,
+        states,
+        phases,
+        lo,
+        hi,
+        first,
+        last,
+        out,
+        out_stride,
+        streaming,
+        status,
+    ):
         """Rows of log softmax(x / T); a row that cannot be used becomes NaN."""
         _ = sources
         for i in range(lo, hi):
-            if _usable(logits[i], STUDENT, status[i])[1]:
-                log_softmax_row(logits[i], temperature, work, out[i])
-            else:
-                _fill(out[i], math.nan)
+            x = logits[i * stride : i * stride + classes]
+            y = out[i * out_stride : i * out_stride + classes]
+            if phases & STATES:
+                softmax_states(x, temperature, False, work, pads, states, first, last)
+            if phases & MERGE:
+                states[-1, GO] = merge_softmax(states, blocks_in(classes), temperature)
+                if not states[-1, GO]:
+                    _report_row(x, STUDENT, status[i])
+                    _fill(y, math.nan)
+            if phases & WRITE and states[-1, GO]:
+                write_log_softmax(x, temperature, work, pads, states, first, last, y, streaming)
+        if streaming:
+            fence()
 
     @njit(nogil=True, cache=True)
-    def logsumexp_kernel(logits, temperature, work, lo, hi, out, status):
+    def logsumexp_kernel(
+        logits,
+        stride,
+        classes,
+        temperature,
+        work,
+        pads,
+        states,
+        phases,
+        lo,
+        hi,
+        first,
+        last,
+        out,
+        out_stride,
+        streaming,
+        status,
+    ):
         """log sum exp(x / T) of rows, [B]; a row that cannot be used becomes NaN."""
         _ = sources
+        blocks = blocks_in(classes)
         for i in range(lo, hi):
-            if _usable(logits[i], STUDENT, status[i])[1]:
-                out[i] = from_real(logsumexp_row(logits[i], temperature, work), out[i])
-            else:
-                out[i] = from_real(math.nan, out[i])
+            x = logits[i * stride : i * stride + classes]
+            if phases & STATES:
+                softmax_states(x, temperature, False, work, pads, states, first, last)
+            if phases & MERGE:
+                value = math.nan
+                if merge_softmax(states, blocks, temperature):
+                    value = states[blocks, M_S] / temperature + math.log(states[blocks, Z_S])
+                else:
+                    _report_row(x, STUDENT, status[i])
+                out[i] = from_real(value, out[i])
 
-    return forward_kl_kernel, reverse_kl_kernel, softmax_kernel, log_softmax_kernel, logsumexp_kernel
+    return softmax_kernel, log_softmax_kernel, logsumexp_kernel
 
 
-forward_kl_kernel, reverse_kl_kernel, softmax_kernel, log_softmax_kernel, logsumexp_kernel = _outermost(_digest())
+softmax_kernel, log_softmax_kernel, logsumexp_kernel = _softmax_kernels(_SOURCES)

@@ -2,87 +2,287 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 from numba import njit, vectorize
 
 from kdcore import formulas
-from kdcore.cpu import kernels
+from kdcore.cpu import kernels, states
 from kdcore.cpu.pool import run_blocks
 from kdcore.cpu.primitives import raw_bits
+from kdcore.cpu.rows import BLOCK, COLUMNS, WORK_ROWS
 from kdcore.objective import needs_float64
+from kdcore.rowstatus import TOO_WIDE
 
-__all__ = ["kd_rows", "linear", "log_softmax_rows", "logsumexp_rows", "reduce_rows", "softmax_rows", "weight_sum"]
+__all__ = [
+    "kd_rows",
+    "linear",
+    "log_softmax_rows",
+    "logsumexp_rows",
+    "reduce_rows",
+    "slice_gradient_rows",
+    "softmax_rows",
+    "state_rows",
+    "weight_sum",
+]
 
-_KD_KERNELS = {"forward_kl": kernels.forward_kl_kernel, "reverse_kl": kernels.reverse_kl_kernel}
+#: Rows of this many blocks are shared among threads, where there are too few rows to go round.
+_LONG = 8
+#: Results of this many bytes will not stay in a cache until they are read: they go past it.
+_STREAMED = 1 << 23
+#: Elements that are copied at a time, of arrays whose rows are not contiguous.
+_COPIED = 1 << 16
 
 _compiled: set[tuple[object, ...]] = set()
 
 
 def _readable(array):
-    """The storage view of an input, as read-only, so that a kernel is not compiled once more for read-only arrays."""
-    view = raw_bits(array).view()
+    """A view as read-only, so that no kernel is compiled once more for read-only arrays."""
+    view = array.view()
     view.flags.writeable = False
     return view
 
 
-def _launch(kernel, before, after, rows, width, scratch_rows, wide, threads):
-    """Run ``kernel(*before, work, lo, hi, *after)`` over all rows, worked in float64 if ``wide``."""
-    working = np.dtype(np.float64 if wide else np.float32)
+class _Rows:
+    """An array [B, V] as a flat one and the distance between its rows; ``flat`` is None if rows are not contiguous."""
 
-    def task(lo, hi):
-        # Arrays of their own: rows of one array keep the compiler from vectorising loops over two of them.
-        kernel(*before, tuple(np.empty(width, working) for _ in range(scratch_rows)), lo, hi, *after)
+    __slots__ = ("array", "flat", "stride", "writable")
 
-    arrays = (a for a in (*before, *after) if isinstance(a, np.ndarray))
-    key = (kernel, working, *((a.dtype, a.flags.c_contiguous, a.flags.f_contiguous) for a in arrays))
+    def __init__(self, array, writable=False):
+        self.array, self.writable = array, writable
+        rows, width = array.shape
+        if array.flags.c_contiguous:
+            flat, self.stride = array.reshape(-1), width
+        else:
+            (row, column), size = array.strides, array.itemsize
+            self.stride, rest = divmod(row, size)
+            if not (column == size or width == 1) or rest or self.stride < width:
+                self.flat = None
+                return
+            flat = np.lib.stride_tricks.as_strided(array, ((rows - 1) * self.stride + width,), (size,))
+        flat = raw_bits(flat)
+        self.flat = flat if writable else _readable(flat)
+
+    def part(self, lo, hi):
+        """Some of the rows, contiguous."""
+        copy = np.empty((hi - lo, self.array.shape[1]), self.array.dtype)
+        if not self.writable:
+            copy[...] = self.array[lo:hi]
+        return _Rows(copy, self.writable)
+
+
+class _Scratch:
+    """``work`` and ``states`` of the kernels, for rows of ``width`` classes."""
+
+    __slots__ = ("dtype", "states", "work")
+
+    def __init__(self, width, wide):
+        self.dtype, lanes = (np.float64, 8) if wide else (np.float32, 16)
+        self.states = np.empty((-(-width // BLOCK) + 2, COLUMNS))
+        self.work = _aligned(WORK_ROWS, -(-width // lanes) * lanes + lanes, self.dtype, lanes)
+
+    def pads(self):
+        """Buffers of blocks, for one thread."""
+        return np.empty((2, BLOCK), self.dtype)
+
+
+def _aligned(rows, width, dtype, lanes):
+    """An uninitialised array whose rows start with a cache line; ``width`` is a multiple of the lanes of one."""
+    flat = np.empty(rows * width + lanes, dtype)
+    start = -(flat.ctypes.data // flat.itemsize) % lanes
+    return flat[start : start + rows * width].reshape(rows, width)
+
+
+class _Kept(threading.local):
+    """The scratch of a thread for rows of one block, which small calls have no time to allocate."""
+
+    def __init__(self):
+        self.of = {}
+
+
+_kept = _Kept()
+
+
+def _scratch(width, wide):
+    """Scratch and buffers for one thread: its own, kept from call to call, for rows that are no longer than a block."""
+    if width > BLOCK:
+        scratch = _Scratch(width, wide)
+        return scratch, scratch.pads()
+    if wide not in _kept.of:
+        scratch = _Scratch(BLOCK, wide)
+        _kept.of[wide] = scratch, scratch.pads()
+    return _kept.of[wide]
+
+
+def _launch(invoke, phases, arrays, shape, wide, threads):
+    """Work all rows with ``invoke(arrays, part, scratch, pads, phases, lo, hi, first, last)``.
+
+    ``part`` says of which of the rows the arrays are, if not of all: then they are copies.
+    """
+    rows, width = shape
+    if rows == 0:
+        return
+    blocks = -(-width // BLOCK)
+    direct = all(array.flat is not None for array in arrays)
+
+    def work_rows(lo, hi):
+        scratch, pads = _scratch(width, wide)
+        if direct:
+            invoke(arrays, None, scratch, pads, kernels.ALL_PHASES, lo, hi, 0, blocks)
+            return
+        step = max(1, _COPIED // width)
+        for start in range(lo, hi, step):
+            stop = min(start + step, hi)
+            copies = [array.part(start, stop) for array in arrays]
+            invoke(copies, slice(start, stop), scratch, pads, kernels.ALL_PHASES, 0, stop - start, 0, blocks)
+            for array, copy in zip(arrays, copies, strict=True):
+                if array.writable:
+                    array.array[start:stop] = copy.array
+
+    if not direct or threads == 1 or rows >= threads or blocks < _LONG:
+        run_blocks(work_rows, rows, width, threads)
+        return
+    for i in range(rows):
+        scratch = _Scratch(width, wide)
+        for phase, on_blocks in phases:
+
+            def work_blocks(first, last, scratch=scratch, phase=phase, i=i):
+                invoke(arrays, None, scratch, scratch.pads(), phase, i, i + 1, first, last)
+
+            if on_blocks:
+                run_blocks(work_blocks, blocks, BLOCK, threads)
+            else:
+                work_blocks(0, blocks)
+
+
+def _compile_once(key, invoke, arrays, wide):
+    """Compile in the caller's thread, by a call without rows: in a pool's it may wait for the caller's import."""
+    key = (*key, wide, *[array.array.dtype.num for array in arrays])
     if key not in _compiled:
-        task(0, 0)
+        scratch = _Scratch(1, wide)
+        invoke([array.part(0, 0) for array in arrays], slice(0, 0), scratch, scratch.pads(), 0, 0, 0, 0, 0)
         _compiled.add(key)
-    run_blocks(task, rows, width, threads)
+
+
+def _softmax_launch(kernel, logits, temperature, out, status, threads):
+    wide = needs_float64((logits.dtype,), temperature)
+    classes = logits.shape[1]
+    per_row = out.ndim == 1
+    streaming = out.nbytes >= _STREAMED
+
+    def invoke(arrays, part, scratch, pads, phases, lo, hi, first, last):
+        x, y = arrays[0], raw_bits(out if part is None else out[part]) if per_row else arrays[1].flat
+        kernel(
+            x.flat, x.stride, classes, temperature, scratch.work, pads, scratch.states, phases, lo, hi, first, last,
+            y, 0 if per_row else arrays[1].stride, streaming, status if part is None else status[part],
+        )  # fmt: skip
+
+    arrays = [_Rows(logits)] if per_row else [_Rows(logits), _Rows(out, writable=True)]
+    _compile_once((kernel, out.dtype), invoke, arrays, wide)
+    _launch(invoke, kernels.SOFTMAX_PHASES, arrays, logits.shape, wide, threads)
 
 
 def softmax_rows(logits, temperature, out, status, threads):
     """out [B, V] = softmax(logits / T)."""
-    wide = needs_float64(logits.dtype.name, temperature)
-    arguments = (_readable(logits), temperature), (raw_bits(out), status)
-    _launch(kernels.softmax_kernel, *arguments, *logits.shape, 2, wide, threads)
+    _softmax_launch(kernels.softmax_kernel, logits, temperature, out, status, threads)
 
 
 def log_softmax_rows(logits, temperature, out, status, threads):
     """out [B, V] = log softmax(logits / T)."""
-    wide = needs_float64(logits.dtype.name, temperature)
-    arguments = (_readable(logits), temperature), (raw_bits(out), status)
-    _launch(kernels.log_softmax_kernel, *arguments, *logits.shape, 2, wide, threads)
+    _softmax_launch(kernels.log_softmax_kernel, logits, temperature, out, status, threads)
 
 
 def logsumexp_rows(logits, temperature, out, status, threads):
     """out [B] = log of the row sums of exp(logits / T)."""
-    wide = needs_float64(logits.dtype.name, temperature)
-    arguments = (_readable(logits), temperature), (raw_bits(out), status)
-    _launch(kernels.logsumexp_kernel, *arguments, *logits.shape, 2, wide, threads)
+    _softmax_launch(kernels.logsumexp_kernel, logits, temperature, out, status, threads)
 
 
 def kd_rows(student, teacher, labels, weights, denominator, objective, gradient, loss, ce, kl, status, threads):
-    """Row losses [B] in float64, scaled by weight / denominator[0], and their gradient [B, V].
+    """Row losses [B] in float64, scaled by weight / denominator, and their gradient [B, V].
 
     Empty ``labels`` or ``weights``: none given. A gradient without rows: none wanted. At alpha = 1 the teacher is
     not read, at alpha = 0 labels only mask.
     """
     temperatures = objective.temperature, objective.teacher_temperature
-    wide = needs_float64(student.dtype.name, *temperatures, objective.divergence)
-    before = (
-        _readable(student),
-        _readable(teacher),
-        _readable(labels),
-        _readable(weights),
-        objective.ignore_index,
-        denominator,
-        objective.alpha,
-        *temperatures,
-        objective.kd_scale,
-    )
-    after = (raw_bits(gradient), loss, ce, kl, status)
-    _launch(_KD_KERNELS[objective.divergence], before, after, *student.shape, 5, wide, threads)
+    wide = needs_float64((student.dtype, teacher.dtype), *temperatures)
+    arrays = student, teacher, labels, weights, gradient, loss, ce, kl, status
+    _kd_launch(*arrays, denominator[0], objective, wide, threads)
+    if wide or objective.divergence.term is None:
+        return
+    for i in np.flatnonzero(status[:, 0] == TOO_WIDE):
+        status[i] = 0
+        _kd_launch(*(array[i : i + 1] for array in arrays), denominator[0], objective, True, threads)
+
+
+def _kd_launch(
+    student, teacher, labels, weights, gradient, loss, ce, kl, status, denominator, objective, wide, threads
+):
+    divergence, temperature, teacher_temperature, alpha, kd_scale, ignore_index = objective
+    classes = student.shape[1]
+    kernel = kernels.kd_kernel(divergence)
+    with_gradient = gradient.shape[0] > 0
+    streaming = gradient.nbytes >= _STREAMED
+    labels, weights = _readable(labels), _readable(weights)
+
+    def invoke(arrays, part, scratch, pads, phases, lo, hi, first, last):
+        s, t = arrays[:2]
+        g, stride = (arrays[2].flat, arrays[2].stride) if with_gradient else (raw_bits(gradient.reshape(-1)), 0)
+        rows = labels, weights, loss, ce, kl, status
+        if part is not None:
+            rows = tuple(array[part] if array.size else array for array in rows)
+        kernel(
+            s.flat, s.stride, t.flat, t.stride, classes, rows[0], rows[1], ignore_index, denominator, alpha,
+            temperature, teacher_temperature, kd_scale, divergence.parameter, scratch.work, pads, scratch.states,
+            phases, lo, hi, first, last, g, stride, with_gradient, streaming, *rows[2:],
+        )  # fmt: skip
+
+    arrays = [_Rows(student), _Rows(teacher)] + ([_Rows(gradient, writable=True)] if with_gradient else [])
+    _compile_once((kernel, gradient.dtype), invoke, arrays, wide)
+    _launch(invoke, kernels.KD_PHASES, arrays, student.shape, wide, threads)
+
+
+def _contiguous_rows(array, writable=False):
+    """An array [..., V] as flat rows; of a slice that is not contiguous, a copy."""
+    return _Rows(np.ascontiguousarray(array).reshape(-1, array.shape[-1]), writable)
+
+
+def state_rows(student, teacher, labels, start, ignore_index, temperature, teacher_temperature, state, status, threads):
+    """state [B, STATE_COLUMNS] of slices [..., V], whose first class is ``start``."""
+    wide = needs_float64((student.dtype, teacher.dtype), temperature, teacher_temperature)
+    classes, labels = student.shape[-1], _readable(labels)
+    s, t = _contiguous_rows(student), _contiguous_rows(teacher)
+
+    def task(lo, hi):
+        scratch, pads = _scratch(classes, wide)
+        states.state_kernel(
+            s.flat, s.stride, t.flat, t.stride, classes, labels, start, ignore_index, temperature, teacher_temperature,
+            scratch.work, pads, scratch.states, lo, hi, state, status,
+        )  # fmt: skip
+
+    task(0, 0)  # compiles in the caller's thread
+    run_blocks(task, state.shape[0], classes, threads)
+
+
+def slice_gradient_rows(
+    student, teacher, labels, start, state, scale, alpha, temperature, teacher_temperature, kd_scale, gradient, threads
+):
+    """gradient [..., V] of slices, from the states [B, STATE_COLUMNS] of whole rows and their scales [B]."""
+    wide = needs_float64((student.dtype, teacher.dtype), temperature, teacher_temperature)
+    classes, labels = student.shape[-1], _readable(labels)
+    s, t, g = _contiguous_rows(student), _contiguous_rows(teacher), _contiguous_rows(gradient, writable=True)
+
+    def task(lo, hi):
+        scratch, pads = _scratch(classes, wide)
+        states.slice_gradient_kernel(
+            s.flat, s.stride, t.flat, t.stride, classes, labels, start, state, scale, alpha, temperature,
+            teacher_temperature, kd_scale, scratch.work, pads, scratch.states, lo, hi, g.flat, g.stride,
+        )  # fmt: skip
+
+    task(0, 0)
+    run_blocks(task, state.shape[0], classes, threads)
+    if not np.shares_memory(g.array, gradient):
+        gradient[...] = g.array.reshape(gradient.shape)
 
 
 @njit(cache=True)
@@ -96,12 +296,12 @@ def _weight_sum(labels, weights, ignore_index, rows):
 
 def weight_sum(labels, weights, ignore_index, rows, out, threads):
     """out[0] = sum of the weights of the rows that are not masked."""
-    out[0] = _weight_sum(_readable(labels), _readable(weights), ignore_index, rows)
+    out[0] = _weight_sum(labels, weights, ignore_index, rows)
 
 
 def reduce_rows(rows, out, threads):
-    """out[...] = sum of ``rows`` [B]; ``out`` is 0-d."""
-    out[...] = np.sum(rows)
+    """out [K] = sums of ``rows`` [K, B]."""
+    np.add.reduce(rows, axis=1, out=out)
 
 
 _ACTIVATIONS = {name: vectorize(cache=True)(formula) for name, formula in formulas.ACTIVATIONS.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from threading import Lock
 
 __all__ = ["default_threads", "run_blocks"]
@@ -22,8 +23,9 @@ _lock = Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}
 
 
+@cache
 def default_threads() -> int:
-    """The number of CPUs that this process may use."""
+    """The number of CPUs that this process may use, at the first call: asking takes longer than a small kernel."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

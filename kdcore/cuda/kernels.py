@@ -6,6 +6,7 @@ number in the working type. Rows are addressed in 64 bits.
 """
 
 import math
+from functools import cache
 
 import numpy as np
 from numba import cuda, float64
@@ -16,22 +17,21 @@ from kdcore.cuda.rows import (
     block_sum,
     cross_entropy_row,
     fill_row,
-    forward_kl_class,
+    forward_kl_classes,
     forward_kl_sums,
     log_softmax_row,
     logsumexp_row,
     max_row,
-    reverse_kl_class,
-    reverse_kl_sums,
     softmax_row,
+    two_formula_soft,
     write_gradient,
 )
 from kdcore.rowstatus import LABEL, OK, STUDENT, TEACHER, UNDEFINED_GRADIENT, WEIGHT
 
 __all__ = [
     "BIAS_KERNELS",
-    "KD_KERNELS",
     "fill_kernel",
+    "kd_kernel",
     "log_softmax_kernel",
     "logsumexp_kernel",
     "matmul_kernel",
@@ -69,17 +69,17 @@ def _write_row(i, loss_i, ce_i, kl_i, loss, ce, kl):
         kl[i] = kl_i
 
 
-def _kd_kernel(soft_sums, soft_class, has_gradient_at_inf):
+def _kd_kernel(soft_sums, soft_classes, has_gradient_at_inf):
     """The kernel of one divergence, from its two device functions and whether it has a gradient where it is +inf."""
 
     @cuda.jit
-    def kd_kernel(
+    def kernel(
         student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
-        like, gradient, loss, ce, kl, status,
+        c, like, gradient, loss, ce, kl, status,
     ):  # fmt: skip
         """student, teacher, gradient [B, V]; labels, weights, loss, ce, kl [B]; denominator [1]; status [B, 2].
 
-        alpha CE + (1 - alpha) kd_scale D(p, q), its parts and its gradient.
+        alpha CE + (1 - alpha) kd_scale D(p, q), its parts and its gradient; c is the parameter of D.
         """
         shared = cuda.shared.array((3, THREADS), float64)
         i = cuda.blockIdx.x
@@ -112,20 +112,20 @@ def _kd_kernel(soft_sums, soft_class, has_gradient_at_inf):
 
         scale = weight / denominator[0]
         ce_i, kl_i, hard, z_h = 0.0, 0.0, 0.0, 1.0
-        value, soft_q, soft_p, z_s, z_t, mean = 0.0, 0.0, 0.0, 1.0, 1.0, 0.0
+        value, soft_q, soft_p, z_s, z_t, undefined = 0.0, 0.0, 0.0, 1.0, 1.0, False
         if alpha > 0.0:
             value, z_h = cross_entropy_row(student[i], label, m_s, like, shared)
             ce_i = scale * value
             hard = scale * alpha / z_h
         if alpha < 1.0:
-            value, soft_q, soft_p, z_s, z_t, mean = soft_sums(
-                student[i], teacher[i], m_s, m_t, temperature, teacher_temperature, like, shared
+            value, soft_q, soft_p, z_s, z_t = soft_sums(
+                student[i], teacher[i], m_s, m_t, temperature, teacher_temperature, c, like, shared
             )
             kl_i = scale * kd_scale * value
             soft_q *= scale * (1.0 - alpha) * kd_scale / temperature
             soft_p *= scale * (1.0 - alpha) * kd_scale / temperature
+            undefined = not has_gradient_at_inf and value == math.inf
         _write_row(i, _kd_loss(ce_i, kl_i, alpha), ce_i, kl_i, loss, ce, kl)
-        undefined = not has_gradient_at_inf and kl_i == math.inf
         _report(status, i, UNDEFINED_GRADIENT if undefined else OK, 0)
         if with_gradient:
             if undefined:
@@ -133,17 +133,23 @@ def _kd_kernel(soft_sums, soft_class, has_gradient_at_inf):
             else:
                 write_gradient(
                     student[i], teacher[i], label, m_s, m_t, alpha, hard, z_h,
-                    soft_q, soft_p, z_s, z_t, mean, temperature, teacher_temperature, soft_class, like, gradient[i],
+                    soft_q, soft_p, z_s, z_t, temperature, teacher_temperature, c, soft_classes, like, gradient[i],
                 )  # fmt: skip
 
-    return kd_kernel
+    return kernel
 
 
-#: The KD kernel of each divergence, by name. Forward KL has a finite gradient even where it is +inf.
-KD_KERNELS = {
-    "forward_kl": _kd_kernel(forward_kl_sums, forward_kl_class, True),
-    "reverse_kl": _kd_kernel(reverse_kl_sums, reverse_kl_class, False),
-}
+def kd_kernel(divergence):
+    """The KD kernel of a divergence (see :mod:`kdcore.divergences`), the same for any parameter."""
+    return _kernel_of(divergence.term, divergence.slope)
+
+
+@cache
+def _kernel_of(term, slope):
+    if term is None:
+        # Of forward KL the gradient is finite even where the divergence is +inf.
+        return _kd_kernel(forward_kl_sums, forward_kl_classes, True)
+    return _kd_kernel(*two_formula_soft(bind(term), bind(slope)), False)
 
 
 @cuda.jit
@@ -201,16 +207,17 @@ def weight_sum_kernel(labels, weights, ignore_index, rows, out):
 
 @cuda.jit
 def reduce_kernel(rows, out):
-    """out [1] = sum of rows [B], in a fixed order; one block."""
+    """out [K] = sums of rows [K, B], in a fixed order; one block for each."""
     shared = cuda.shared.array((3, THREADS), float64)
+    k = cuda.blockIdx.x
     total = np.float64(0)
     i = cuda.threadIdx.x
-    while i < rows.size:
-        total += rows[i]
+    while i < rows.shape[1]:
+        total += rows[k, i]
         i += cuda.blockDim.x
     total = block_sum(total, 0.0, 0.0, shared)[0]
     if cuda.threadIdx.x == 0:
-        out[0] = total
+        out[k] = total
 
 
 @cuda.jit

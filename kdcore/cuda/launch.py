@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from kdcore.cuda import kernels
-from kdcore.cuda.memory import row_view
 from kdcore.cuda.primitives import SIMULATOR, raw_bits
 from kdcore.cuda.streams import launch, stream_handle
 from kdcore.errors import MissingDependencyError
@@ -21,21 +20,21 @@ def _like(wide):
 
 def softmax_rows(logits, temperature, out, status, stream):
     """out [B, V] = softmax(logits / T)."""
-    like = _like(needs_float64(logits.dtype.name, temperature))
+    like = _like(needs_float64((logits.dtype,), temperature))
     arguments = raw_bits(logits), float(temperature), like, raw_bits(out), status
     launch(kernels.softmax_kernel, logits.shape[0], stream, *arguments)
 
 
 def log_softmax_rows(logits, temperature, out, status, stream):
     """out [B, V] = log softmax(logits / T)."""
-    like = _like(needs_float64(logits.dtype.name, temperature))
+    like = _like(needs_float64((logits.dtype,), temperature))
     arguments = raw_bits(logits), float(temperature), like, raw_bits(out), status
     launch(kernels.log_softmax_kernel, logits.shape[0], stream, *arguments)
 
 
 def logsumexp_rows(logits, temperature, out, status, stream):
     """out [B] = log of the row sums of exp(logits / T)."""
-    like = _like(needs_float64(logits.dtype.name, temperature))
+    like = _like(needs_float64((logits.dtype,), temperature))
     arguments = raw_bits(logits), float(temperature), like, raw_bits(out), status
     launch(kernels.logsumexp_kernel, logits.shape[0], stream, *arguments)
 
@@ -46,8 +45,10 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
     Empty ``labels`` or ``weights``: none given. A gradient or status without rows: none wanted. At alpha = 1 the
     teacher is not read, at alpha = 0 labels only mask.
     """
+    divergence = objective.divergence
     temperatures = objective.temperature, objective.teacher_temperature
-    like = _like(needs_float64(student.dtype.name, *temperatures, objective.divergence))
+    # Divergences that go by their two formulas need float64: see kdcore.cuda.rows.two_formula_soft.
+    wide = divergence.term is not None or needs_float64((student.dtype, teacher.dtype), *temperatures)
     arguments = (
         raw_bits(student),
         raw_bits(teacher),
@@ -58,14 +59,15 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
         float(objective.alpha),
         *map(float, temperatures),
         float(objective.kd_scale),
-        like,
+        np.float64(divergence.parameter),  # NumPy's, so that a formula may divide by 0 in the simulator too
+        _like(wide),
         raw_bits(gradient),
         loss,
         ce,
         kl,
         status,
     )
-    launch(kernels.KD_KERNELS[objective.divergence], student.shape[0], stream, *arguments)
+    launch(kernels.kd_kernel(divergence), student.shape[0], stream, *arguments)
 
 
 def weight_sum(labels, weights, ignore_index, rows, out, stream):
@@ -74,8 +76,8 @@ def weight_sum(labels, weights, ignore_index, rows, out, stream):
 
 
 def reduce_rows(rows, out, stream):
-    """out[...] = sum of ``rows`` [B]; ``out`` is 0-d."""
-    launch(kernels.reduce_kernel, 1, stream, rows, row_view(out))
+    """out [K] = sums of ``rows`` [K, B]."""
+    launch(kernels.reduce_kernel, rows.shape[0], stream, rows, out)
 
 
 class _Unsynchronised:

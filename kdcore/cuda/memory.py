@@ -13,18 +13,7 @@ import numpy as np
 from kdcore.cuda.presence import detached, require
 from kdcore.errors import DeviceUnavailableError, DTypeError, MissingDependencyError
 
-__all__ = [
-    "as_array",
-    "as_rows",
-    "empty",
-    "full",
-    "is_writable",
-    "overlaps",
-    "row_view",
-    "same",
-    "to_device",
-    "to_host",
-]
+__all__ = ["as_array", "as_rows", "element", "empty", "full", "is_writable", "overlaps", "same", "to_device", "to_host"]
 
 
 def _bfloat16() -> np.dtype[Any]:
@@ -87,9 +76,9 @@ def as_rows(array: Any) -> Any:
     return _view(array, (math.prod(lead), width), (step, last))
 
 
-def row_view(array: Any) -> Any:
-    """A view [1] of a 0-d array: Numba kernels index no 0-d arrays in the simulator as on hardware."""
-    return _view(array, (1,), (array.dtype.itemsize,))
+def element(array: Any, k: int) -> Any:
+    """A 0-d view of element ``k`` of a contiguous array [K]."""
+    return _view(array[k : k + 1], (), ())
 
 
 def empty(shape: Any, dtype: Any, stream: Any) -> Any:

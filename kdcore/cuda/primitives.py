@@ -13,6 +13,8 @@ import numpy as np
 from numba import cuda, types
 from numba.core import config
 
+from kdcore.formulas import bound
+
 __all__ = ["SIMULATOR", "THREADS", "bind", "cast", "exp2_scaled", "from_real", "raw_bits", "split_rate", "to_real"]
 
 SIMULATOR = bool(config.ENABLE_CUDASIM)
@@ -32,8 +34,18 @@ def raw_bits(array):
 if SIMULATOR:
 
     def bind(formula):
-        """A formula as a device function. Here the formula itself: wrapping it would only cost time."""
-        return formula
+        """A formula as a device function."""
+        # math.log and math.exp raise errors where a device gives an infinity or NaN.
+        function = bound(formula, {"log": np.log, "exp": np.exp})
+
+        @functools.wraps(formula)
+        def device_function(*arguments):
+            # Both sides of a ``where`` are computed, and -inf - -inf or 0 * inf is usual in the one that is not taken.
+            # NumPy keeps by thread what it warns of, and the threads of a block are new ones: so each call says it.
+            with np.errstate(all="ignore"):
+                return function(*arguments)
+
+        return device_function
 
     def cast(x, like):
         """``x`` in the type of ``like``; what does not fit becomes infinite, as on hardware."""
@@ -73,9 +85,24 @@ else:
 
         overload = functools.partial(_overload, target="cuda")
 
+    def _where(condition, x, y):
+        """``x`` where the condition holds, else ``y``, in the working type. For compiled code only."""
+        raise TypeError("where is for compiled code")
+
+    @overload(_where)
+    def _select(condition, x, y):
+        # Of two types one is that of a constant: an integer, or float64, which must not widen a float32 sweep.
+        if _constant_rank(x) < _constant_rank(y):
+            return lambda condition, x, y: x if condition else type(x)(y)
+        return lambda condition, x, y: type(y)(x) if condition else y
+
+    def _constant_rank(number):
+        """A number type's place among the types of what a formula works with; the last are those of constants."""
+        return (not isinstance(number, types.Float), number.bitwidth)
+
     def bind(formula):
         """A formula as a device function."""
-        return cuda.jit(device=True)(formula)
+        return cuda.jit(device=True)(bound(formula, {"where": _where, "log": math.log, "exp": math.exp}))
 
     @cuda.jit(device=True)
     def cast(x, like):

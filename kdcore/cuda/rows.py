@@ -1,8 +1,8 @@
 """Row functions of the CUDA engine: device functions that a whole block calls for one row, for reuse in other kernels.
 
 Letters: V classes; x, s, t rows [V] of logits in storage form (float16, float32, float64, or bfloat16 as uint16, see
-:mod:`kdcore.cuda.primitives`); d scaled logits, e exponentials, z their sum. What they compute is written in
-:mod:`kdcore.formulas`; here are the loops.
+:mod:`kdcore.cuda.primitives`); d shifted logits scaled by HEADROOM, e exponentials, z their sum. What they compute is
+written in :mod:`kdcore.formulas`; here are the loops.
 
 Conventions:
 
@@ -34,15 +34,13 @@ __all__ = [
     "cross_entropy_row",
     "exp_sum",
     "fill_row",
-    "forward_kl_class",
+    "forward_kl_classes",
     "forward_kl_row",
     "forward_kl_sums",
     "hinton_gradient_row",
     "log_softmax_row",
     "logsumexp_row",
     "max_row",
-    "reverse_kl_class",
-    "reverse_kl_sums",
     "scaled_element",
     "softmax_row",
     "two_formula_soft",
@@ -54,10 +52,10 @@ _PART = 64
 _scaled_logit = bind(formulas.scaled_logit)
 _rate = bind(formulas.rate)
 _log_softmax = bind(formulas.log_softmax)
+_log_ratio = bind(formulas.log_ratio)
 _cross_entropy = bind(formulas.cross_entropy)
-_forward_kl_term = bind(formulas.forward_kl_term)
+_forward_kl_moment = bind(formulas.forward_kl_moment)
 _forward_kl_from_sums = bind(formulas.forward_kl_from_sums)
-_divergence_gradient = bind(formulas.divergence_gradient)
 _kd_gradient = bind(formulas.kd_gradient)
 
 
@@ -141,9 +139,21 @@ def scaled_element(x, v, m, like):
 
 
 @cuda.jit(device=True)
+def _split_rate(temperature, like):
+    """What turns d into an exponent of 2, in two parts in the type of ``like``."""
+    return split_rate(_rate(temperature) / HEADROOM, like)
+
+
+@cuda.jit(device=True)
+def _inverse(temperature):
+    """What turns d into (x - m) / T, in float64."""
+    return 1.0 / HEADROOM / temperature
+
+
+@cuda.jit(device=True)
 def exp_sum(x, m, temperature, like, shared):
     """z, the sum of exp((x - m) / T) over x [V]."""
-    high, low = split_rate(_rate(temperature), like)
+    high, low = _split_rate(temperature, like)
     z = np.float64(0)
     start = cuda.threadIdx.x
     while start < x.size:
@@ -160,16 +170,17 @@ def exp_sum(x, m, temperature, like, shared):
 
 # The soft term of a divergence is two functions. The first sweeps both rows and returns
 #
-#     (D, a, b, z_s, z_t, mean):   D and what its gradient needs,   dD/d(s/T) = a g - b e_t
+#     (D, a, b, z_s, z_t):   D, and with a and b its gradient,   dD/d(s/T) = a g_q - b g_p
 #
-# and the second computes g of one class, from that class's d and e and from z_s, z_t and mean.
+# and the second computes (g_q, g_p) of one class, from that class's d and e. What it needs of the row it is given:
+# factor = 1 / z and inverse = 1 / (HEADROOM T) of student and teacher, constant = log(z_t / z_s). c is the parameter.
 
 
 @cuda.jit(device=True)
-def forward_kl_sums(s, t, m_s, m_t, temperature, teacher_temperature, like, shared):
-    """KL(p || q) of rows s and t [V], with g = e_s."""
-    high_s, low_s = split_rate(_rate(temperature), like)
-    high_t, low_t = split_rate(_rate(teacher_temperature), like)
+def forward_kl_sums(s, t, m_s, m_t, temperature, teacher_temperature, c, like, shared):
+    """KL(p || q) of rows s and t [V], with g_q = e_s and g_p = e_t."""
+    high_s, low_s = _split_rate(temperature, like)
+    high_t, low_t = _split_rate(teacher_temperature, like)
     ratio = cast(teacher_temperature / temperature, like)
     z_s, z_t, w = np.float64(0), np.float64(0), np.float64(0)
     start = cuda.threadIdx.x
@@ -182,80 +193,78 @@ def forward_kl_sums(s, t, m_s, m_t, temperature, teacher_temperature, like, shar
             e_t = exp2_scaled(d_t, high_t, low_t)
             part_s += exp2_scaled(d_s, high_s, low_s)
             part_t += e_t
-            part_w += _forward_kl_term(e_t, d_t, d_s, ratio)
+            part_w += _forward_kl_moment(e_t, d_t, d_s, ratio)
             v += cuda.blockDim.x
         z_s += np.float64(part_s)
         z_t += np.float64(part_t)
         w += np.float64(part_w)
         start += _PART * cuda.blockDim.x
     z_s, z_t, w = block_sum(z_s, z_t, w, shared)
-    return _forward_kl_from_sums(w, z_t, z_s, teacher_temperature), 1.0 / z_s, 1.0 / z_t, z_s, z_t, 0.0
+    return _forward_kl_from_sums(w, z_t, z_s, teacher_temperature), 1.0 / z_s, 1.0 / z_t, z_s, z_t
 
 
 @cuda.jit(device=True)
-def forward_kl_class(d_s, d_t, e_s, e_t, z_s, z_t, mean, temperature, teacher_temperature):
-    """g of one class of forward KL: its gradient is already a combination of exponentials."""
-    return e_s
-
-
-@cuda.jit(device=True)
-def _class_of(d_s, d_t, e_s, e_t, z_s, z_t, temperature, teacher_temperature):
-    """p, q, log p and log q of one class: the arguments of a divergence's two formulas."""
-    log_p = _log_softmax(d_t, z_t, teacher_temperature)
-    log_q = _log_softmax(d_s, z_s, temperature)
-    return e_t / z_t, e_s / z_s, log_p, log_q
+def forward_kl_classes(d_s, d_t, e_s, e_t, factor_s, factor_t, inverse_s, inverse_t, constant, c):
+    """(g_q, g_p) of one class of forward KL, whose gradient is already a combination of exponentials."""
+    return e_s, e_t
 
 
 def two_formula_soft(term, slope):
-    """The two functions of any divergence, from its two formulas as device functions.
+    """The two functions of any divergence, from its two formulas as device functions: g_q = q phi', g_p = q.
 
     ``like`` must be float64: log q - log p is as large as the logits are apart, and q (log q - log p) must not lose
     what a float32 gradient can show.
     """
 
     @cuda.jit(device=True)
-    def sums(s, t, m_s, m_t, temperature, teacher_temperature, like, shared):
-        high_s, low_s = split_rate(_rate(temperature), like)
-        high_t, low_t = split_rate(_rate(teacher_temperature), like)
+    def sums(s, t, m_s, m_t, temperature, teacher_temperature, c, like, shared):
+        high_s, low_s = _split_rate(temperature, like)
+        high_t, low_t = _split_rate(teacher_temperature, like)
+        inverse_s, inverse_t = _inverse(temperature), _inverse(teacher_temperature)
         z_s = exp_sum(s, m_s, temperature, like, shared)
         z_t = exp_sum(t, m_t, teacher_temperature, like, shared)
+        factor_s, factor_t, constant = 1.0 / z_s, 1.0 / z_t, math.log(z_t / z_s)
         total, mean = np.float64(0), np.float64(0)
         v = cuda.threadIdx.x
         while v < s.size:
             d_s, d_t = scaled_element(s, v, m_s, like), scaled_element(t, v, m_t, like)
-            e_s, e_t = exp2_scaled(d_s, high_s, low_s), exp2_scaled(d_t, high_t, low_t)
-            p, q, log_p, log_q = _class_of(d_s, d_t, e_s, e_t, z_s, z_t, temperature, teacher_temperature)
-            total += term(p, q, log_p, log_q)
-            mean += q * slope(p, q, log_p, log_q)
+            p, q = exp2_scaled(d_t, high_t, low_t) * factor_t, exp2_scaled(d_s, high_s, low_s) * factor_s
+            r = _log_ratio(d_s, d_t, inverse_s, inverse_t, constant)
+            total += term(p, q, r, c)
+            mean += slope(p, q, r, c)
             v += cuda.blockDim.x
         total, mean, _ = block_sum(total, mean, 0.0, shared)
-        return total, 1.0, 0.0, z_s, z_t, mean
+        if math.isnan(total):
+            total = math.inf  # in a usable row NaN is 0 * inf: a class of p = 0 < q whose q has underflowed
+        return total, 1.0, mean, z_s, z_t
 
     @cuda.jit(device=True)
-    def one_class(d_s, d_t, e_s, e_t, z_s, z_t, mean, temperature, teacher_temperature):
-        p, q, log_p, log_q = _class_of(d_s, d_t, e_s, e_t, z_s, z_t, temperature, teacher_temperature)
-        return _divergence_gradient(q, slope(p, q, log_p, log_q), mean)
+    def classes(d_s, d_t, e_s, e_t, factor_s, factor_t, inverse_s, inverse_t, constant, c):
+        q = e_s * factor_s
+        return slope(e_t * factor_t, q, _log_ratio(d_s, d_t, inverse_s, inverse_t, constant), c), q
 
-    return sums, one_class
-
-
-reverse_kl_sums, reverse_kl_class = two_formula_soft(bind(formulas.reverse_kl_term), bind(formulas.reverse_kl_slope))
+    return sums, classes
 
 
 @cuda.jit(device=True)
 def write_gradient(
-    s, t, label, m_s, m_t, alpha, hard, z_h, soft_q, soft_p, z_s, z_t, mean, temperature, teacher_temperature,
-    soft_class, like, out,
+    s, t, label, m_s, m_t, alpha, hard, z_h, soft_q, soft_p, z_s, z_t, temperature, teacher_temperature, c,
+    soft_classes, like, out,
 ):  # fmt: skip
-    """out [V] = hard (e_h - onehot(label) z_h) + soft_q g - soft_p e_t; what alpha rules out is not read."""
-    high_h, low_h = split_rate(_rate(1.0), like)
-    high_s, low_s = split_rate(_rate(temperature), like)
-    high_t, low_t = split_rate(_rate(teacher_temperature), like)
+    """out [V] = hard (e_h - onehot(label) z_h) + soft_q g_q - soft_p g_p; what alpha rules out is not read.
+
+    ``soft_classes`` is the second function of a divergence, c its parameter.
+    """
+    high_h, low_h = _split_rate(1.0, like)
+    high_s, low_s = _split_rate(temperature, like)
+    high_t, low_t = _split_rate(teacher_temperature, like)
+    inverse_s, inverse_t = _inverse(temperature), _inverse(teacher_temperature)
+    factor_s, factor_t, constant = 1.0 / z_s, 1.0 / z_t, math.log(z_t / z_s)
     hard, soft_q, soft_p = cast(hard, like), cast(soft_q, like), cast(soft_p, like)
     v = cuda.threadIdx.x
     while v < out.size:
         d_s = scaled_element(s, v, m_s, like)
-        e_h, g, e_t = cast(0, like), cast(0, like), cast(0, like)
+        e_h, g_q, g_p = cast(0, like), cast(0, like), cast(0, like)
         if alpha > 0.0:
             e_h = exp2_scaled(d_s, high_h, low_h)
             if v == label:
@@ -264,8 +273,8 @@ def write_gradient(
             d_t = scaled_element(t, v, m_t, like)
             e_s = exp2_scaled(d_s, high_s, low_s)
             e_t = exp2_scaled(d_t, high_t, low_t)
-            g = soft_class(d_s, d_t, e_s, e_t, z_s, z_t, mean, temperature, teacher_temperature)
-        out[v] = from_real(_kd_gradient(e_h, g, e_t, hard, soft_q, soft_p), out[v])
+            g_q, g_p = soft_classes(d_s, d_t, e_s, e_t, factor_s, factor_t, inverse_s, inverse_t, constant, c)
+        out[v] = from_real(_kd_gradient(e_h, g_q, g_p, hard, soft_q, soft_p), out[v])
         v += cuda.blockDim.x
 
 
@@ -282,7 +291,7 @@ def logsumexp_row(x, m, temperature, like, shared):
 def softmax_row(x, m, temperature, like, shared, out):
     """out [V] = softmax(x / T)."""
     z = cast(exp_sum(x, m, temperature, like, shared), like)
-    high, low = split_rate(_rate(temperature), like)
+    high, low = _split_rate(temperature, like)
     v = cuda.threadIdx.x
     while v < x.size:
         out[v] = from_real(exp2_scaled(scaled_element(x, v, m, like), high, low) / z, out[v])
@@ -292,10 +301,11 @@ def softmax_row(x, m, temperature, like, shared, out):
 @cuda.jit(device=True)
 def log_softmax_row(x, m, temperature, like, shared, out):
     """out [V] = log softmax(x / T)."""
-    z = exp_sum(x, m, temperature, like, shared)
+    log_z = math.log(exp_sum(x, m, temperature, like, shared))
+    inverse = _inverse(temperature)
     v = cuda.threadIdx.x
     while v < x.size:
-        out[v] = from_real(_log_softmax(np.float64(scaled_element(x, v, m, like)), z, temperature), out[v])
+        out[v] = from_real(_log_softmax(np.float64(scaled_element(x, v, m, like)), inverse, log_z), out[v])
         v += cuda.blockDim.x
 
 
@@ -311,7 +321,7 @@ def cross_entropy_row(s, label, m, like, shared):
 @cuda.jit(device=True)
 def forward_kl_row(s, t, m_s, m_t, temperature, like, shared):
     """KL(softmax(t/T) || softmax(s/T)) of rows s and t [V], without T²."""
-    return forward_kl_sums(s, t, m_s, m_t, temperature, temperature, like, shared)[0]
+    return forward_kl_sums(s, t, m_s, m_t, temperature, temperature, 0.0, like, shared)[0]
 
 
 @cuda.jit(device=True)
@@ -320,6 +330,6 @@ def hinton_gradient_row(s, t, m_s, m_t, temperature, like, shared, out):
     z_s = exp_sum(s, m_s, temperature, like, shared)
     z_t = exp_sum(t, m_t, temperature, like, shared)
     write_gradient(
-        s, t, 0, m_s, m_t, 0.0, 0.0, 1.0, temperature / z_s, temperature / z_t, z_s, z_t, 0.0, temperature, temperature,
-        forward_kl_class, like, out,
+        s, t, 0, m_s, m_t, 0.0, 0.0, 1.0, temperature / z_s, temperature / z_t, z_s, z_t, temperature, temperature, 0.0,
+        forward_kl_classes, like, out,
     )  # fmt: skip

@@ -13,7 +13,18 @@ with w = weight / denominator, k = T² (1 where the loss is not scaled by T²) a
 
 The gradient of a divergence other than forward KL is q (phi' - sum of q phi'), so the subtracted terms are q phi' and
 q sum of q phi': a result that is rounded to float32 cannot be nearer to the truth than its own rounding, which
-is of the size of T q phi'. (Forward KL has phi' = -p / q, whose product with q is the p of its S.)
+is of the size of T q phi'. A constant that is added to phi' changes no gradient, but it would change S: phi' is the one
+that is 0 where p = q, because no other keeps S as small where student and teacher agree:
+
+    reverse_kl       log(q / p)                             (forward KL: 1 - p / q, less its 1: q phi' = -p is in S)
+    jsd              (1 - beta) log(q / m)                  m = beta p + (1 - beta) q
+    skew_forward_kl  (1 - lam) (1 - p / m)                  m = lam p + (1 - lam) q
+    skew_reverse_kl  log(q / m) + lam (1 - q / m)           m = lam q + (1 - lam) p
+    tvd              sign(q - p) / 2
+    alpha            (1 - (p / q)^a) / a
+
+The slope of total variation jumps by 1 where p = q. Classes in which p and q agree up to their rounding may come out on
+either side: for tvd, with n as q in those classes and 0 elsewhere, :func:`kd_bounds` adds |n| + |q| sum of n to G S.
 
 float16 and bfloat16 logits have float32's bounds. A gradient that is written in a type with fewer digits than it was
 computed in may in addition be off by half an ulp of that type, element by element: :func:`gradient_error` takes this
@@ -69,7 +80,7 @@ def working_dtype(dtype: Any) -> str:
 def subtracted(p: Any, q: Any, q_slope: Any = None) -> Any:
     """S: the 2-norms of what is subtracted in a divergence's gradient; rows are the last dimension.
 
-    ``q_slope`` is q phi' class by class, for every divergence but forward KL.
+    ``q_slope`` is q phi' class by class, for every divergence but forward KL, where phi' is 0 at p = q.
     """
     q_norm = _norm(q)
     size = _norm(p) + q_norm
@@ -99,7 +110,7 @@ def gradient_bound(
     p, q, h : array [..., V]
         softmax(t / T), softmax(s / T) and softmax(s). What alpha rules out is not read.
     q_slope : array [..., V], optional
-        q phi', for every divergence but forward KL.
+        q phi', for every divergence but forward KL, where phi' is 0 at p = q.
     scale : array [...] or float
         w: the row's weight over the batch's denominator.
     """
@@ -130,34 +141,89 @@ def kd_bounds(
     *,
     temperature: float,
     alpha: float,
-    divergence: str = "forward_kl",
+    divergence: Any = "forward_kl",
     teacher_temperature: float | None = None,
     scale_t2: bool = True,
     scale: Any = 1.0,
 ) -> KDBounds:
     """Both bounds from logits [..., V], which must be usable rows, and the exact row losses [...].
 
-    ``alpha`` is the weight of the cross-entropy. ``scale`` [...] is each row's weight over the denominator; a row of
-    scale 0 gets the bound 0. A row whose divergence is +inf and leaves no gradient gets the gradient bound NaN.
+    ``alpha`` is the weight of the cross-entropy, ``divergence`` a name or one of :mod:`kdcore.divergences` with its
+    parameter; for one of a caller's own see :func:`gradient_bound`, which takes its q phi'. ``scale`` [...] is each
+    row's weight over the denominator; a row of scale 0 gets the bound 0. A row whose divergence is +inf and leaves no
+    gradient gets the gradient bound NaN.
     """
-    if divergence not in ("forward_kl", "reverse_kl"):
-        raise ValueError(f"divergence must be 'forward_kl' or 'reverse_kl', got {divergence!r}")
+    name, parameter = _name_and_parameter(divergence)
     h = p = q = q_slope = None
+    jump: Any = 0.0
     if alpha > 0:
         h = np.exp(_log_softmax(student_logits, 1.0))
+    dtype = np.asarray(student_logits).dtype
     if alpha < 1:
         log_q = _log_softmax(student_logits, temperature)
         log_p = _log_softmax(teacher_logits, temperature if teacher_temperature is None else teacher_temperature)
         p, q = np.exp(log_p), np.exp(log_q)
-        if divergence == "reverse_kl":
-            allowed = log_q > -np.inf
-            q_slope = np.zeros_like(q)
-            with np.errstate(invalid="ignore"):  # 0 * inf: no gradient at all, and NaN says so
-                q_slope[allowed] = q[allowed] * (log_q[allowed] - log_p[allowed])
-                q_slope[(allowed & (log_p == -np.inf)).any(axis=-1)] = np.nan
+        if name != "forward_kl":
+            q_slope = _q_slope(name, log_p, log_q, parameter)
+        if name == "tvd":
+            factor = GRADIENT[working_dtype(dtype)]
+            with np.errstate(invalid="ignore"):  # -inf less -inf: no tie, since q is 0
+                near = np.abs(log_q - log_p) <= factor * (1 + np.abs(log_q) + np.abs(log_p))
+            of_near = np.where(near, q, 0.0)
+            size = (1 - alpha) * (temperature if scale_t2 else 1 / temperature)
+            jump = _wide(scale) * size * (_norm(of_near) + _norm(q) * of_near.sum(axis=-1))
     kinds = {"temperature": temperature, "alpha": alpha, "scale_t2": scale_t2, "scale": scale}
-    dtype = np.asarray(student_logits).dtype
-    return KDBounds(loss_bound(dtype, loss, **kinds), gradient_bound(dtype, p, q, h, q_slope=q_slope, **kinds))
+    return KDBounds(loss_bound(dtype, loss, **kinds), gradient_bound(dtype, p, q, h, q_slope=q_slope, **kinds) + jump)
+
+
+#: The parameter that a divergence has by its name alone; None: it has none.
+_DEFAULTS = {
+    "forward_kl": None,
+    "reverse_kl": None,
+    "jsd": 0.5,
+    "skew_forward_kl": 0.1,
+    "skew_reverse_kl": 0.1,
+    "tvd": None,
+    "alpha": 0.5,
+}
+
+
+def _name_and_parameter(divergence: Any) -> tuple[str, Any]:
+    name = divergence if isinstance(divergence, str) else getattr(divergence, "name", None)
+    if name not in _DEFAULTS or not getattr(divergence, "builtin", True):
+        raise ValueError(
+            f"divergence must be one of {', '.join(map(repr, _DEFAULTS))}, by name or with its parameter, got "
+            f"{divergence!r}; for one of your own, give its q_slope to gradient_bound, and use loss_bound"
+        )
+    return name, _DEFAULTS[name] if isinstance(divergence, str) else divergence.parameter
+
+
+def _q_slope(name: str, log_p: Any, log_q: Any, c: Any) -> Any:
+    """q phi' class by class, phi' = 0 where p = q, from logarithms, which do not underflow; NaN: there is none."""
+    allowed = log_q > -np.inf
+    undefined: Any = name == "reverse_kl" and (allowed & (log_p == -np.inf)).any(axis=-1, keepdims=True)
+    log_q = np.where(allowed, log_q, 0.0)  # without a student's class there is no slope: 0 below
+    log_p = np.where(undefined, 0.0, log_p)
+    q = np.where(allowed, np.exp(log_q), 0.0)
+    with np.errstate(invalid="ignore"):  # 0 * inf of a class that is not allowed, which is 0 below
+        if name == "reverse_kl":
+            q_slope = q * (log_q - log_p)
+        elif name == "jsd":
+            q_slope = (1 - c) * q * (log_q - _log_mixture(c, log_p, log_q))
+        elif name == "skew_forward_kl":
+            q_slope = (1 - c) * q * -np.expm1(log_p - _log_mixture(c, log_p, log_q))
+        elif name == "skew_reverse_kl":
+            log_ratio = log_q - _log_mixture(c, log_q, log_p)
+            q_slope = q * (log_ratio - c * np.expm1(log_ratio))
+        elif name == "tvd":
+            q_slope = q * np.sign(log_q - log_p) / 2
+        else:
+            q_slope = (q - np.exp(c * log_p + (1 - c) * log_q)) / c
+    return np.where(undefined, np.nan, np.where(allowed, q_slope, 0.0))
+
+
+def _log_mixture(share: Any, log_a: Any, log_b: Any) -> Any:
+    return np.logaddexp(np.log(share) + log_a, np.log1p(-share) + log_b)
 
 
 def half_ulp(values: Any, dtype: Any) -> Any:

@@ -12,7 +12,9 @@ from numba import cuda
 from numba.core import types as nb
 from numba.cuda import dispatcher
 
+from kdcore import divergences
 from kdcore.cuda import kernels, primitives, rows
+from kdcore.divergences import Divergence, as_divergence, exp, log, where
 
 CAPABILITIES = [(8, 0), (9, 0)]
 STORED = {"float16": nb.float16, "bfloat16": nb.uint16, "float32": nb.float32, "float64": nb.float64}
@@ -47,33 +49,66 @@ def kd_signature(student, teacher, gradient, like, layout="C", labels=nb.int64, 
     row = vector(nb.float64)
     return (
         matrix(student, layout), matrix(teacher, layout), vector(labels), vector(weights), nb.int64, row,
-        nb.float64, nb.float64, nb.float64, nb.float64, like, matrix(gradient), row, row, row, matrix(nb.int64),
+        nb.float64, nb.float64, nb.float64, nb.float64, nb.float64, like,
+        matrix(gradient), row, row, row, matrix(nb.int64),
     )  # fmt: skip
 
 
-def working_types(stored, divergence="forward_kl", other=None):
+def working_types(stored, other=None):
     """float64 also for a narrower type, because extreme temperatures need it: tried where both rows have one type."""
-    if divergence != "forward_kl" or stored == "float64":
+    if "float64" in (stored, other):
         return [nb.float64]
     return [nb.float32, nb.float64] if other in (None, stored) else [nb.float32]
 
 
-@pytest.mark.parametrize("divergence", kernels.KD_KERNELS)
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
-def test_kd(ptx, divergence, student, teacher):
-    for like in working_types(student, divergence, teacher):
-        ptx(
-            kernels.KD_KERNELS[divergence],
-            *kd_signature(STORED[student], STORED[teacher], STORED[student], like),
-        )
+def test_forward_kl(ptx, student, teacher):
+    kernel = kernels.kd_kernel(divergences.forward_kl())
+    for like in working_types(student, teacher):
+        ptx(kernel, *kd_signature(STORED[student], STORED[teacher], STORED[student], like))
 
 
-@pytest.mark.parametrize("divergence", kernels.KD_KERNELS)
-def test_kd_strided_with_other_labels_weights_and_gradient(ptx, divergence):
-    kernel = kernels.KD_KERNELS[divergence]
-    like = working_types("float32", divergence)[0]
+def _term(p, q, r, c):
+    return where(r > 0.0, where(p > 0, 1, q), c) * log(p + 1) + exp(-q)
+
+
+def _slope(p, q, r, c):
+    return where(p == q, 0, q * r / c)
+
+
+#: All that go by their two formulas, and one with what a user may write: integers, a constant of another type.
+TWO_FORMULAS = [as_divergence(name) for name in divergences.NAMES if name != "forward_kl"]
+TWO_FORMULAS.append(Divergence("own", _term, _slope))
+
+
+@pytest.mark.parametrize("divergence", TWO_FORMULAS, ids=lambda divergence: divergence.name)
+@pytest.mark.parametrize(
+    ("student", "teacher"), [*((stored, stored) for stored in STORED), ("float32", "bfloat16"), ("bfloat16", "float32")]
+)
+def test_two_formulas(ptx, divergence, student, teacher):
+    kernel = kernels.kd_kernel(divergence)
+    ptx(kernel, *kd_signature(STORED[student], STORED[teacher], STORED[student], nb.float64))
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+def test_kd_strided_with_other_labels_weights_and_gradient(ptx, name):
+    kernel = kernels.kd_kernel(as_divergence(name))
+    like = nb.float32 if name == "forward_kl" else nb.float64
     ptx(kernel, *kd_signature(nb.float32, nb.float16, nb.float64, like, "A", nb.int32, nb.float32))
     ptx(kernel, *kd_signature(nb.uint16, nb.uint16, nb.float32, like, "A", nb.uint8, nb.float32))
+
+
+def test_sweeps_of_forward_kl_stay_in_float32(ptx):
+    """A constant of a formula, which is float64, would widen them."""
+
+    @cuda.jit
+    def moments(e_t, d_t, d_s, out):
+        v = cuda.threadIdx.x
+        out[v] = rows._forward_kl_moment(e_t[v], d_t[v], d_s[v], e_t[0])
+
+    text = ptx(moments, *[vector(nb.float32)] * 4)
+    assert "mul" in text
+    assert "f64" not in text
 
 
 @pytest.mark.parametrize("name", ["softmax_kernel", "log_softmax_kernel"])
@@ -111,7 +146,7 @@ def test_fill(ptx):
 
 def test_no_kernel_is_left_out():
     tested = {"softmax_kernel", "log_softmax_kernel", "logsumexp_kernel", "weight_sum_kernel", "reduce_kernel"}
-    assert set(kernels.__all__) == tested | {"KD_KERNELS", "BIAS_KERNELS", "fill_kernel", "matmul_kernel"}
+    assert set(kernels.__all__) == tested | {"kd_kernel", "BIAS_KERNELS", "fill_kernel", "matmul_kernel"}
 
 
 # Row functions in a kernel of a user's own, by themselves.
