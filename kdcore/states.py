@@ -1,0 +1,363 @@
+"""The KD loss of rows whose vocabulary lies in several places: shards of a tensor-parallel model, chunks of a file.
+
+A row's softmaxes and its forward KL follow from a few sums over classes, relative to the largest logits. They are the
+row's **state**: :func:`kd_state` of each slice of the vocabulary, :func:`merge_states` of all of them, in whatever
+order and by whatever means (an all-reduce of one's own), then :func:`kd_loss_from_state`, the same everywhere, and
+:func:`kd_gradient_from_state` of each slice, from the merged state. On host arrays.
+
+Rows that do not fit into memory are the same: the slices are then chunks of a file, read once for the states and once
+more for the gradients. ``examples/tensor_parallel.py`` has the slices in two MPI processes.
+
+>>> import numpy as np, kdcore
+>>> rng = np.random.default_rng(0)
+>>> student, teacher = rng.standard_normal((2, 3, 10))
+>>> labels = np.array([1, 7, 9])
+>>> slices = [(start, student[:, start : start + 5], teacher[:, start : start + 5]) for start in (0, 5)]
+>>> a, b = (kdcore.kd_state(s, t, labels, temperature=2.0, start=start) for start, s, t in slices)
+>>> state = kdcore.merge_states(a, b)
+>>> loss = kdcore.kd_loss_from_state(state, labels, alpha=0.3).loss
+>>> parts = [kdcore.kd_gradient_from_state(state, s, t, labels, alpha=0.3, start=start) for start, s, t in slices]
+>>> whole = kdcore.kd_loss_and_gradient(student, teacher, labels, temperature=2.0, alpha=0.3)
+>>> bool(np.isclose(loss, whole.loss)), np.allclose(np.concatenate(parts, axis=-1), whole.gradient)
+(True, True)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kdcore import rowstatus
+from kdcore.checks import choice, flag, integer, number_in, positive_number
+from kdcore.errors import DomainError, DTypeError, LabelError, ShapeError
+from kdcore.ops import (
+    KDOutput,
+    Reduction,
+    _at,
+    _check_logits,
+    _check_scale,
+    _Engine,
+    _engine,
+    _labels,
+    _logits,
+    _modules,
+    _output,
+    _same_shape,
+    _temperature,
+    _weights,
+    on_device,
+)
+
+__all__ = ["KDState", "kd_gradient_from_state", "kd_loss_from_state", "kd_state", "merge_states"]
+
+
+@dataclass(frozen=True, eq=False)
+class KDState:
+    """The sums of rows, over all classes of which they are the state.
+
+    Attributes
+    ----------
+    values : float64 array [..., 7]
+        A row's m_s = max s, sum of exp(s - m_s), sum of exp((s - m_s) / T), 2^-24 times the sum of
+        e_t (d_t - T_t/T d_s) with d = x - m, the label's logit (-inf if it is elsewhere), m_t = max t, and the sum of
+        e_t = exp((t - m_t) / T_t). A plain array, to be sent about as it is.
+    temperature, teacher_temperature : float
+        T and T_t, which states must share to be merged.
+
+    Examples
+    --------
+    >>> import numpy as np, kdcore
+    >>> kdcore.kd_state(np.zeros((2, 4)), np.zeros((2, 4)), None, temperature=1.0).lead
+    (2,)
+    """
+
+    values: np.ndarray
+    temperature: float
+    teacher_temperature: float
+
+    def __post_init__(self) -> None:
+        values = np.asarray(self.values)
+        if values.dtype != np.float64:
+            raise DTypeError(f"values of a state must be float64, got dtype {values.dtype}")
+        if values.ndim == 0 or values.shape[-1] != _columns():
+            raise ShapeError(f"values of a state must have shape [..., {_columns()}], got {list(values.shape)}")
+        object.__setattr__(self, "values", values)
+        for name in ("temperature", "teacher_temperature"):
+            object.__setattr__(self, name, _temperature(getattr(self, name), name))
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The shape of the rows."""
+        return self.values.shape[:-1]
+
+
+def _rows(state: KDState) -> np.ndarray:
+    """The values [B, columns], contiguous, read-only: no kernel is compiled once more for a state that was received."""
+    values = np.ascontiguousarray(state.values).reshape(-1, _columns())
+    values.flags.writeable = False
+    return values
+
+
+def _columns() -> int:
+    return _kernels().STATE_COLUMNS
+
+
+def _kernels() -> Any:
+    return _modules("cpu")[0].states
+
+
+def _host(arrays: dict[str, Any], threads: int | None) -> _Engine:
+    device = [name for name, obj in arrays.items() if obj is not None and on_device(obj)]
+    if device:
+        raise DomainError(f"states are of host arrays, got {', '.join(device)} on a device")
+    return _engine(arrays, threads, None)
+
+
+def _slices(engine: _Engine, student_logits: Any, teacher_logits: Any, needed: bool = True) -> tuple[Any, Any]:
+    student = _logits(engine, student_logits, "student_logits")
+    if teacher_logits is None:
+        if needed:
+            raise DTypeError("teacher_logits are needed unless alpha is 1, got None")
+        return student, student
+    teacher = _logits(engine, teacher_logits, "teacher_logits")
+    _same_shape(teacher.shape, "teacher_logits", student.shape, "student_logits")
+    return student, teacher
+
+
+def _classes(engine: _Engine, labels: Any, lead: tuple[int, ...], ignore_index: int) -> np.ndarray:
+    """The labels of rows, flat; empty where there are none. How many classes there are, no slice knows."""
+    if labels is None:
+        return np.empty(0, np.int64)
+    labels = _labels(engine, labels, lead)
+    bad = (labels < 0) & (labels != ignore_index)
+    if bad.any():
+        row = int(bad.argmax())
+        where = _at("labels", lead, row)
+        raise LabelError(f"{where} is {labels[row]}, neither a class nor ignore_index={ignore_index}")
+    return labels
+
+
+def kd_state(
+    student_logits: Any,
+    teacher_logits: Any,
+    labels: Any,
+    temperature: float,
+    *,
+    teacher_temperature: float | None = None,
+    start: int = 0,
+    ignore_index: int = -100,
+    threads: int | None = None,
+) -> KDState:
+    """The state of a slice of the vocabulary.
+
+    Parameters
+    ----------
+    student_logits, teacher_logits : array [..., v]
+        The slice's logits, on the host. A row may be -inf in all of them, if not in all slices.
+    labels : array-like of int [...], or None
+        Classes of the whole vocabulary, or ``ignore_index``: a row that is masked so is not read, one whose weight will
+        be 0 is.
+    temperature, teacher_temperature : float
+        As for :func:`kdcore.kd_loss`.
+    start : int
+        The class of the whole vocabulary that the slice starts with.
+
+    Raises
+    ------
+    NonFiniteError
+        For NaN or +inf in a row that is read.
+
+    Examples
+    --------
+    >>> import numpy as np, kdcore
+    >>> kdcore.kd_state(np.zeros(4), np.zeros(4), 2, temperature=1.0).values
+    array([0., 4., 4., 0., 0., 0., 4.])
+    """
+    engine = _host({"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels}, threads)
+    temperature = _temperature(temperature)
+    other = temperature if teacher_temperature is None else _temperature(teacher_temperature, "teacher_temperature")
+    start = integer(start, "start", least=0)
+    ignore_index = integer(ignore_index, "ignore_index")
+    student, teacher = _slices(engine, student_logits, teacher_logits)
+    lead = student.shape[:-1]
+    labels = _classes(engine, labels, lead, ignore_index)
+    values = np.empty((*lead, _columns()))
+    rows = values.reshape(-1, _columns())
+    status = np.zeros((rows.shape[0], 2), np.int64)
+    engine.kernels.launch.state_rows(
+        student, teacher, labels, start, ignore_index, temperature, other, rows, status, engine.where
+    )
+    _check_logits(engine, status, lead, {rowstatus.STUDENT: "student_logits", rowstatus.TEACHER: "teacher_logits"})
+    return KDState(values, temperature, other)
+
+
+def merge_states(a: KDState, b: KDState) -> KDState:
+    """The state of two disjoint slices together: commutative to the last bit, associative within the bounds.
+
+    Raises
+    ------
+    DomainError, ShapeError
+        If the states are of other temperatures or other rows.
+
+    Examples
+    --------
+    >>> import numpy as np, kdcore
+    >>> a, b = (kdcore.kd_state(np.zeros(v), np.zeros(v), None, temperature=1.0) for v in (4, 3))
+    >>> kdcore.merge_states(a, b).values
+    array([  0.,   7.,   7.,   0., -inf,   0.,   7.])
+    """
+    if (a.temperature, a.teacher_temperature) != (b.temperature, b.teacher_temperature):
+        raise DomainError(
+            f"states must share their temperatures, got {a.temperature}, {a.teacher_temperature}"
+            f" and {b.temperature}, {b.teacher_temperature}"
+        )
+    if a.values.shape != b.values.shape:
+        raise ShapeError(f"states must be of the same rows, got {list(a.lead)} and {list(b.lead)}")
+    out = np.zeros(a.values.shape)
+    _kernels().merge_kernel(_rows(a), _rows(b), a.temperature, a.teacher_temperature, out.reshape(-1, _columns()))
+    # No -0.0 is left, because of 0.0 and -0.0 the first is taken for the larger.
+    return KDState(out + 0.0, a.temperature, a.teacher_temperature)
+
+
+def _scales(
+    engine: _Engine, state: KDState, labels: Any, alpha: float, ignore_index: int, weights: Any, reduction: str,
+    denominator: Any,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """The labels, and w / denominator of each row, 0 where it is masked."""
+    if labels is None and alpha > 0:
+        raise LabelError(f"labels are needed unless alpha is 0, got labels=None and alpha={alpha}")
+    labels = _classes(engine, labels, state.lead, ignore_index)
+    given = _weights(engine, weights, state.lead) if weights is not None else np.empty(0)
+    rows = int(np.prod(state.lead, dtype=np.int64))
+    reduction = choice(reduction, "reduction", ("mean", "sum", "none"))
+    if denominator is not None:
+        denominator = positive_number(denominator, "denominator")
+        if reduction != "mean":
+            raise DomainError(f'denominator={denominator} goes with reduction="mean", got reduction={reduction!r}')
+    _check_scale(given, rows, denominator if reduction == "mean" else 1.0)
+    scale = given.copy() if given.size else np.ones(rows)
+    if labels.size:
+        scale[labels == ignore_index] = 0.0
+    total = scale.sum() if reduction == "mean" and denominator is None else denominator or 1.0
+    return labels, scale / total if total > 0 else scale
+
+
+def _finished(engine: _Engine, state: KDState, scale: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """ce and kl of rows, without T²; rows without support raise."""
+    ce, kl = np.empty((2, scale.size))
+    status = np.zeros((scale.size, 2), np.int64)
+    _kernels().finish_kernel(_rows(state), scale, alpha > 0, alpha < 1, state.teacher_temperature, ce, kl, status)
+    _check_logits(
+        engine, status, state.lead, {rowstatus.STUDENT: "student_logits", rowstatus.TEACHER: "teacher_logits"}
+    )
+    return ce, kl
+
+
+def kd_loss_from_state(
+    state: KDState,
+    labels: Any,
+    alpha: float,
+    *,
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    weights: Any = None,
+    reduction: Reduction = "mean",
+    denominator: float | None = None,
+) -> KDOutput:
+    """The loss of :func:`kdcore.kd_loss_and_gradient` with forward KL, from the state of whole rows; no gradient.
+
+    ``labels`` only mask here, since the state knows the label's logit; that of a label that lay in no slice is
+    -inf, so that its cross-entropy is +inf. The other arguments are those of :func:`kdcore.kd_loss`; alpha is the
+    weight of the cross-entropy.
+
+    Raises
+    ------
+    NonFiniteError
+        For a row that is -inf in all slices, or was masked when the states were made.
+
+    Examples
+    --------
+    >>> import numpy as np, kdcore
+    >>> state = kdcore.kd_state(np.zeros(4), np.zeros(4), 2, temperature=1.0)
+    >>> print(round(float(kdcore.kd_loss_from_state(state, 2, alpha=1.0).loss), 6))  # log 4
+    1.386294
+    """
+    engine = _host({"labels": labels, "weights": weights}, None)
+    alpha = number_in(alpha, "alpha", 0, 1)
+    ignore_index = integer(ignore_index, "ignore_index")
+    labels, scale = _scales(engine, state, labels, alpha, ignore_index, weights, reduction, denominator)
+    ce, kl = _finished(engine, state, scale, alpha)
+    with np.errstate(over="ignore"):
+        if flag(scale_t2, "scale_t2"):
+            kl *= state.temperature**2
+        loss = kl if alpha == 0 else ce if alpha == 1 else alpha * ce + (1 - alpha) * kl
+
+    def reduced(values: np.ndarray) -> Any:
+        with np.errstate(over="ignore"):
+            return values.reshape(state.lead)[()] if reduction == "none" else values.sum()
+
+    return KDOutput(
+        loss=reduced(loss),
+        gradient=None,
+        ce=reduced(ce) if alpha > 0 else None,
+        kl=reduced(kl) if alpha < 1 else None,
+    )
+
+
+def kd_gradient_from_state(
+    state: KDState,
+    student_logits: Any,
+    teacher_logits: Any,
+    labels: Any,
+    alpha: float,
+    *,
+    start: int = 0,
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    weights: Any = None,
+    reduction: Reduction = "mean",
+    denominator: float | None = None,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """The gradient of :func:`kd_loss_from_state` by the student's logits of one slice.
+
+    Parameters
+    ----------
+    state : KDState
+        Of whole rows: the states of all slices, merged.
+    student_logits, teacher_logits : array [..., v]
+        The slice. At alpha = 1 the teacher is not read, and may be None.
+    start : int
+        The class of the whole vocabulary that the slice starts with.
+
+    The other arguments are those of :func:`kdcore.kd_logit_gradient`; alpha is the weight of the cross-entropy. Errors
+    are those of :func:`kd_loss_from_state` too.
+
+    Examples
+    --------
+    >>> import numpy as np, kdcore
+    >>> state = kdcore.kd_state(np.zeros(4), np.zeros(4), 2, temperature=1.0)
+    >>> kdcore.kd_gradient_from_state(state, np.zeros(2), None, 2, alpha=1.0, start=2)  # of the last two classes
+    array([-0.75,  0.25])
+    """
+    inputs = {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels, "weights": weights}
+    engine = _host({**inputs, "out": out}, threads)
+    alpha = number_in(alpha, "alpha", 0, 1)
+    start = integer(start, "start", least=0)
+    ignore_index = integer(ignore_index, "ignore_index")
+    student, teacher = _slices(engine, student_logits, teacher_logits, needed=alpha < 1)
+    _same_shape(student.shape[:-1], "student_logits without its classes", state.lead, "the state")
+    labels, scale = _scales(engine, state, labels, alpha, ignore_index, weights, reduction, denominator)
+    _finished(engine, state, scale, alpha)  # whether the rows can be used
+    given = {"state": state.values, **{name: obj for name, obj in inputs.items() if obj is not None}}
+    shape = tuple(student.shape)
+    gradient = np.empty(shape, student.dtype) if out is None else _output(engine, out, shape, "student_logits", given)
+    kd_scale = state.temperature**2 if flag(scale_t2, "scale_t2") else 1.0
+    engine.kernels.launch.slice_gradient_rows(
+        student, teacher, labels, start, _rows(state), scale, alpha, state.temperature, state.teacher_temperature,
+        kd_scale, gradient, engine.where,
+    )  # fmt: skip
+    return gradient if out is None else out
