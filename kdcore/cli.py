@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from kdcore._version import __version__
+from kdcore.bench import PARTS
 from kdcore.errors import KdcoreError
 
 __all__ = ["main"]
@@ -60,6 +61,21 @@ def _parser() -> argparse.ArgumentParser:
     distill.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     distill.set_defaults(run=_distill)
 
+    bench = commands.add_parser(
+        "bench",
+        help="verify the CPU engine, then time it beside the limit of the memory and other libraries",
+        description="Verify results against a float64 textbook, then time them beside the limit that the memory sets, "
+        "and beside PyTorch and SciPy where they are installed. Writes results.json, table.md and plots.",
+    )
+    bench.add_argument("--quick", action="store_true", help="smaller shapes and fewer repetitions, half a minute")
+    bench.add_argument(
+        "--output", default="kdcore-bench", metavar="DIR", help="where results go (default: %(default)s)"
+    )
+    bench.add_argument(
+        "--only", action="append", default=[], choices=PARTS, metavar="PART", help=f"a part alone: {', '.join(PARTS)}"
+    )
+    bench.set_defaults(run=_bench)
+
     info = commands.add_parser("info", help="show versions, devices, threads, and the engine that would run")
     info.set_defaults(run=_info)
     return parser
@@ -81,6 +97,12 @@ def _distill(options: argparse.Namespace) -> None:
     result = pipeline_from_toml(options.config).execute(resume=options.resume)
     print(json.dumps(result.metrics, indent=2, ensure_ascii=False))
     print(f"student: {result.output_path} ({result.duration_seconds:.1f} s)")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from kdcore.bench.run import run_bench
+
+    run_bench(options.output, quick=options.quick, only=options.only)
 
 
 def _info(options: argparse.Namespace) -> None:
