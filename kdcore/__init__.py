@@ -106,6 +106,11 @@ if TYPE_CHECKING:  # the same names as below, for type checkers
     from kdcore.teachers.truncating import (
         TruncatingTeacher as TruncatingTeacher,
     )
+    from kdcore.variants import (
+        dkd_loss_and_gradient as dkd_loss_and_gradient,
+        mixture_kd_loss_and_gradient as mixture_kd_loss_and_gradient,
+        standardized_kd_loss_and_gradient as standardized_kd_loss_and_gradient,
+    )
 
 _HOME = {
     "kdcore.batches": ("ArrayBatchSource", "Batch", "BatchSource", "ShardBatchSource", "SyntheticBatchSource"),
@@ -124,6 +129,11 @@ _HOME = {
     "kdcore.teachers.hdf5": ("HDF5Teacher",),
     "kdcore.teachers.mlp": ("MLPTeacher", "save_mlp"),
     "kdcore.teachers.truncating": ("TruncatingTeacher",),
+    "kdcore.variants": (
+        "dkd_loss_and_gradient",
+        "mixture_kd_loss_and_gradient",
+        "standardized_kd_loss_and_gradient",
+    ),
     "kdcore.ops": (
         "KDOutput",
         "cross_entropy",

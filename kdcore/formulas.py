@@ -22,7 +22,6 @@ of large T); Kullback & Leibler 1951. The divergences have theirs in :mod:`kdcor
 """
 
 import math
-from types import FunctionType
 
 __all__ = [
     "ACTIVATIONS",
@@ -43,6 +42,7 @@ __all__ = [
     "kd_gradient",
     "kd_loss",
     "log",
+    "log_odds",
     "log_ratio",
     "log_softmax",
     "merged_forward_kl",
@@ -52,10 +52,12 @@ __all__ = [
     "reverse_kl_term",
     "scaled_logit",
     "shift_factor",
+    "sigmoid",
     "skew_forward_kl_slope",
     "skew_forward_kl_term",
     "skew_reverse_kl_slope",
     "skew_reverse_kl_term",
+    "softplus",
     "tanh",
     "tvd_slope",
     "tvd_term",
@@ -88,7 +90,7 @@ def exp(x):
 def bound(formula, functions):
     """A copy of a formula that finds ``functions`` (a dict by name) where it says where, log or exp."""
     names = {**formula.__globals__, **functions}
-    return FunctionType(formula.__code__, names, formula.__name__, formula.__defaults__, formula.__closure__)
+    return type(formula)(formula.__code__, names, formula.__name__, formula.__defaults__, formula.__closure__)
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
@@ -158,6 +160,21 @@ def kd_loss(ce, kl, alpha):
     if alpha == 1.0:
         return ce
     return alpha * ce + (1.0 - alpha) * kl
+
+
+def log_odds(d, temperature, log_z):
+    """log(q / (1 - q)) of a class from the sum z of the others: d is its logit less their maximum, scaled by HEADROOM."""
+    return d / HEADROOM / temperature - log_z
+
+
+def sigmoid(u, e):
+    """The probability whose log-odds are u, where e = exp(-|u|)."""
+    return where(u > 0.0, 1.0, e) / (1.0 + e)
+
+
+def softplus(u, e):
+    """log(1 + exp(u)), where e = exp(-|u|): log q = -softplus(-u) and log(1 - q) = -softplus(u) of the log-odds u."""
+    return where(u > 0.0, u, 0.0) + math.log1p(e)
 
 
 # --- divergences ---------------------------------------------------------------------------------------------------

@@ -70,7 +70,8 @@ def test_F_DISTILL_KDSTEP_002_of_any_logits(logits, temperature):  # noqa: N802
             options = {"divergence": divergence, "scale_t2": False, "reduction": "none"}
             result = kdcore.kd_loss_and_gradient(s, t, None, temperature, 0.0, **options)
             assert np.abs(result.loss).max() <= 1e-9 * max(1, 1 / temperature)
-            assert np.abs(result.gradient).max() <= 1e-9 * max(1, temperature**-2)
+            if divergence != "tvd" or np.array_equal(t, s):  # whose slope jumps where s + 1 is rounded
+                assert np.abs(result.gradient).max() <= 1e-9 * max(1, temperature**-2)
 
 
 def test_F_DISTILL_KDSTEP_003_the_loss_is_monotone_in_the_divergence():  # noqa: N802

@@ -165,8 +165,9 @@ def test_the_rounding_of_the_logits_difference_stays_within_the_bound():
         for depth in (8.3, 9.1, 11.9):
             student, teacher = np.full((2, 1, V), top - depth, np.float32)
             student[0, 0] = teacher[0, 1] = top
-            for divergence in NAMES:
-                assert_kd(student, teacher, [0], 0.7, 0.3, divergence=divergence)
+            assert_kd(student, teacher, [0], 1.0, 0.3)
+    for divergence in NAMES:  # the last depth, where it shows most
+        assert_kd(student, teacher, None, 0.7, 0.0, divergence=divergence)
 
 
 def test_ratio_of_two_temperatures_stays_within_the_bound():
@@ -175,7 +176,7 @@ def test_ratio_of_two_temperatures_stays_within_the_bound():
     for T, teacher_temperature in [(3.0, 1.0), (1.0, 3.0), (7.0, 1.3), (0.3, 2.9)]:
         teacher = (rng.normal(size=(1, 151936)) * 4).astype(np.float32)
         student = (teacher.astype(np.float64) * T / teacher_temperature).astype(np.float32)
-        for divergence in NAMES:
+        for divergence in NAMES if T == 0.3 else NAMES[:1]:
             assert_kd(student, teacher, None, T, 0.0, teacher_temperature=teacher_temperature, divergence=divergence)
 
 
@@ -399,7 +400,8 @@ def test_huge_float32_logits_do_not_overflow(T, size, divergence):
     x = (size * signs).astype(np.float32)
     for student, teacher in [(x, -x), (x, x), (x, np.zeros_like(x)), (np.zeros_like(x), x)]:
         assert_kd(student[None], teacher[None], [1], T, 0.3, divergence=divergence)
-        assert_row_operations(student, T)
+        if divergence == "forward_kl":
+            assert_row_operations(student, T)
 
 
 @pytest.mark.parametrize(("T", "teacher_temperature"), [(0.05, 100.0), (100.0, 0.05), (1e-6, 1e6), (1e-20, 1e20)])

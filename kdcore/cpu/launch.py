@@ -242,16 +242,17 @@ def _kd_launch(
     _launch(invoke, kernels.KD_PHASES, arrays, student.shape, wide, threads)
 
 
-def _contiguous_rows(array, writable=False):
-    """An array [..., V] as flat rows; of a slice that is not contiguous, a copy."""
-    return _Rows(np.ascontiguousarray(array).reshape(-1, array.shape[-1]), writable)
+def _flat_rows(array, writable=False):
+    """An array [..., V] as flat rows; a copy, if its rows are not contiguous or its leading dimensions do not merge."""
+    rows = _Rows(array.reshape(-1, array.shape[-1]), writable)
+    return rows if rows.flat is not None else _Rows(np.ascontiguousarray(rows.array), writable)
 
 
 def state_rows(student, teacher, labels, start, ignore_index, temperature, teacher_temperature, state, status, threads):
     """state [B, STATE_COLUMNS] of slices [..., V], whose first class is ``start``."""
     wide = needs_float64((student.dtype, teacher.dtype), temperature, teacher_temperature)
     classes, labels = student.shape[-1], _readable(labels)
-    s, t = _contiguous_rows(student), _contiguous_rows(teacher)
+    s, t = _flat_rows(student), _flat_rows(teacher)
 
     def task(lo, hi):
         scratch, pads = _scratch(classes, wide)
@@ -270,7 +271,7 @@ def slice_gradient_rows(
     """gradient [..., V] of slices, from the states [B, STATE_COLUMNS] of whole rows and their scales [B]."""
     wide = needs_float64((student.dtype, teacher.dtype), temperature, teacher_temperature)
     classes, labels = student.shape[-1], _readable(labels)
-    s, t, g = _contiguous_rows(student), _contiguous_rows(teacher), _contiguous_rows(gradient, writable=True)
+    s, t, g = _flat_rows(student), _flat_rows(teacher), _flat_rows(gradient, writable=True)
 
     def task(lo, hi):
         scratch, pads = _scratch(classes, wide)
