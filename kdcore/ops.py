@@ -227,6 +227,13 @@ def _labels(engine: _Engine, obj: Any, lead: tuple[int, ...]) -> Any:
     return array.reshape(-1)
 
 
+def _check_label_range(labels: np.ndarray, lead: tuple[int, ...], classes: int, ignore_index: int) -> None:
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+    if bad.any():
+        row = int(bad.argmax())
+        raise _label_error(lead, row, int(labels[row]), classes, ignore_index)
+
+
 def _label_error(lead: tuple[int, ...], row: int, label: int, classes: int, ignore_index: int) -> LabelError:
     where = _at("labels", lead, row)
     return LabelError(f"{where} is {label}, neither a class in [0, {classes}) nor ignore_index={ignore_index}")
@@ -544,6 +551,8 @@ def _kd(
         _same_shape(teacher.shape, "teacher_logits", tuple(student.shape), "student_logits")
     if labels is not None:
         labels = _labels(engine, labels, lead)
+        if check and engine.name == "cpu" and labels.size and (labels.min() < 0 or labels.max() >= classes):
+            _check_label_range(labels, lead, classes, objective.ignore_index)  # before anything is written
     elif objective.alpha > 0:
         raise LabelError(f"labels are needed unless alpha is 0, got labels=None and alpha={objective.alpha}")
     else:

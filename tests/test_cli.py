@@ -88,7 +88,7 @@ def test_distill_resumes(folder, capsys):
     ("tables", "message"),
     [
         ({"distill": "alfa = 0.5"}, r"unknown field 'alfa'"),
-        ({"distill": 'divergence = "l2"'}, r"divergence must be one of 'forward_kl', 'reverse_kl', got 'l2'"),
+        ({"distill": 'divergence = "l2"'}, r"divergence must be one of 'forward_kl', .* got 'l2'"),
         ({"teacher": "rows = 3"}, r"unknown field 'rows' in \[teacher\]"),
         ({"teacher": 'address = "name"'}, r"address must be .* 'name'"),
         ({"student": "momentum = 0.5"}, r"unknown field 'momentum' in \[student\]"),

@@ -252,18 +252,17 @@ def test_all_are_zero_up_to_a_constant(dtype):
                 assert result.loss == 0 and (result.gradient.astype(np.float64) == 0).all()
 
 
-def test_total_variation_at_a_tie_of_one_class():
-    # p = (1/2, 1/4, 1/4), q = (1/2, 3/8, 1/8): phi' = (0, 1/2, -1/2), and the sum of q phi' is 1/8.
-    student, teacher = np.log(np.array([[4.0, 3.0, 1.0]])), np.log(np.array([[2.0, 1.0, 1.0]]))
-    student -= student[0, 0]
-    teacher -= teacher[0, 0]
-    result = kdcore.kd_loss_and_gradient(student, teacher, None, 1.0, 0.0, divergence="tvd")
-    np.testing.assert_allclose(result.loss, 1 / 8, rtol=1e-14)
-    expected = np.array([1 / 2, 3 / 8, 1 / 8]) * (np.array([0, 0.5, -0.5]) - 1 / 8)
-    error = np.abs(result.gradient - expected)
-    limit = bounds.kd_bounds(student, teacher, result.loss, temperature=1.0, alpha=0.0, divergence="tvd").gradient
-    assert 0.25 < limit[0] < 1  # rounding may break the tie, for half of q_0
-    assert np.linalg.norm(error) <= limit[0]
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_total_variation_at_a_tie_of_one_class(dtype):
+    # At this temperature exponentials are powers of 2, so that p = (8, 1, 4) / 13 and q = (8, 4, 1) / 13 tie exactly.
+    student, teacher, T = np.array([[0, -1, -3]], dtype), np.array([[0, -3, -1]], dtype), math.log2(math.e)
+    result = kdcore.kd_loss_and_gradient(student, teacher, None, T, 0.0, divergence="tvd")
+    tolerance = {"rtol": 1e-6 if dtype == F32 else 1e-13}
+    np.testing.assert_allclose(result.loss, T * T * 3 / 13, **tolerance)
+    q, slope = np.array([8, 4, 1]) / 13, np.array([0, 0.5, -0.5])  # the sum of q phi' is 3/26
+    np.testing.assert_allclose(result.gradient, [T * q * (slope - 3 / 26)], **tolerance)
+    limit = bounds.kd_bounds(student, teacher, result.loss, temperature=T, alpha=0.0, divergence="tvd").gradient
+    assert T * 8 / 13 < limit[0] < 2 * T  # which allows that rounding breaks the tie
 
 
 def test_bounds_know_what_is_subtracted():

@@ -33,7 +33,7 @@ def test_lowest_pins_the_lower_bounds():
 
 def test_lowest_runs_the_tests_of_cpu_by_default():
     assert "lowest" in TOX["tox"]["env_list"].split(", ")
-    assert LOWEST["commands"] == "{[testenv:cpu]commands}"
+    assert LOWEST["commands"].strip().splitlines()[-2].startswith("{[testenv:cpu]commands} --ignore=tests/")
     assert LOWEST["extras"] == TOX["testenv:cpu"]["extras"]
 
 

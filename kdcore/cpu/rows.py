@@ -313,20 +313,23 @@ def log_softmax_block(x, m, inverse_temperature, log_z, out, streaming):
     """out = (x - m) / T - log z of a block, in the storage type of out, which may be where x is."""
     like = x[0]
     lanes, m, log_z = lanes_of(like), type(like)(m), type(like)(log_z)
-    inverse_temperature = type(like)(inverse_temperature)
+    # Scaled, since here it shows if x - m overflows.
+    headroom, inverse_temperature = type(like)(HEADROOM), type(like)(inverse_temperature / HEADROOM)
     first, streaming = _aligned_part(out, lanes, streaming)
     last = first + (out.size - first) // lanes * lanes
     if first > 0:
-        y = _log_softmax(_load_part(x, 0, first, like) - m, inverse_temperature, log_z)
+        d = _scaled_logit(_load_part(x, 0, first, like), m, headroom)
+        y = _log_softmax(d, inverse_temperature, log_z)
         _store_part(y, first, out, 0)
     for v in range(first, last, lanes):
-        y = _log_softmax(load(x, v, like) - m, inverse_temperature, log_z)
+        y = _log_softmax(_scaled_logit(load(x, v, like), m, headroom), inverse_temperature, log_z)
         if streaming:
             stream(out, v, y)
         else:
             store(out, v, y)
     if last < out.size:
-        y = _log_softmax(_load_part(x, last, out.size - last, like) - m, inverse_temperature, log_z)
+        d = _scaled_logit(_load_part(x, last, out.size - last, like), m, headroom)
+        y = _log_softmax(d, inverse_temperature, log_z)
         _store_part(y, out.size - last, out, last)
 
 
@@ -529,7 +532,8 @@ def two_formula_terms(term, slope):
         """Returns the sums of phi and q phi'; q phi' goes into e_t. ``constant``: log z_t - log z_s at the origins."""
         like = x[0]
         lanes = lanes_of(like)
-        factor_s, factor_t, c = type(like)(factor_s), type(like)(factor_t), type(like)(c)
+        # c stays in float64: what a formula makes of it, 1 - c say, is rounded once, as a vector.
+        factor_s, factor_t = type(like)(factor_s), type(like)(factor_t)
         inverse_s, inverse_t, constant = type(like)(inverse_s), type(like)(inverse_t), type(like)(constant)
         terms, slopes = full(0.0, 0.0), full(0.0, 0.0)
         for v in range(0, x.size, lanes):

@@ -157,6 +157,16 @@ for _function, _name in (
     _operator(_function, lambda vector: Mask(vector.lanes), _comparison(_name))
 
 
+@type_callable(operator.neg)
+def _type_negation(context):
+    return lambda x: x if isinstance(x, Vector) else None
+
+
+@lower_builtin(operator.neg, Vector)
+def _lower_negation(context, builder, signature, args):
+    return builder.fneg(args[0])
+
+
 @intrinsic
 def where(typingctx, condition, x, y):
     """``x`` where ``condition`` holds, else ``y``, lane by lane; also of numbers. Both are computed."""

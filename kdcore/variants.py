@@ -1,0 +1,604 @@
+"""Variants of the KD objective: decoupled, of a mixture of teachers, and of standardised logits. On host arrays.
+
+Each returns what :func:`kdcore.kd_loss_and_gradient` does, a :class:`kdcore.KDOutput` with the exact derivative of its
+loss, and takes the same arguments in the same meaning: **alpha is the weight of the hard cross-entropy**, ``-inf``
+rules a class out, labels of ``ignore_index`` and weights of 0 mask rows, which are not read. Rows are worked in float64
+whatever their dtype, a few at a time, on the CPU engine alone.
+
+Letters: s and t are logits of student and teacher, p = softmax(t/T), q = softmax(s/T), y the label.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kdcore import rowstatus
+from kdcore.checks import choice, flag, integer, number_in, positive_number, real_number
+from kdcore.divergences import as_divergence
+from kdcore.errors import DeviceMismatchError, DomainError, DTypeError, LabelError, ShapeError
+from kdcore.objective import Objective
+from kdcore.ops import (
+    KDOutput,
+    Reduction,
+    _at,
+    _check_gradients,
+    _check_logits,
+    _check_rows,
+    _check_scale,
+    _Engine,
+    _engine,
+    _labels,
+    _logits,
+    _optional_flag,
+    _output,
+    _row_blocks,
+    _same_shape,
+    _temperature,
+    _weights,
+    on_device,
+)
+
+__all__ = ["dkd_loss_and_gradient", "mixture_kd_loss_and_gradient", "standardized_kd_loss_and_gradient"]
+
+
+# --- what the variants share ---------------------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """A checked call: the arrays that a launcher takes, and what is made of its rows."""
+
+    engine: _Engine
+    objective: Objective
+    student: np.ndarray
+    teachers: list[np.ndarray]
+    labels: np.ndarray
+    weights: np.ndarray
+    divisor: np.ndarray
+    gradient: np.ndarray
+    results: dict[str, np.ndarray]
+    reduction: str
+    strict: bool | None
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        return self.student.shape[:-1]
+
+    def run(self, launch: Callable[..., None]) -> None:
+        """Call ``launch(part, student, teachers, gradient, arguments)`` for rows [B, V], where ``part`` of all lie."""
+        for part, (s, *ts, g) in _row_blocks(self.engine, self.lead, [self.student, *self.teachers, self.gradient]):
+            rows = {name: values[part] for name, values in self.results.items()}
+            rows |= {"labels": self.labels[part], "weights": self.weights[part], "gradient": g}
+            launch(part, s, ts, rows | {"denominator": self.divisor, "threads": self.engine.where})
+
+    def output(self, check: Callable[[np.ndarray], None], out: Any) -> KDOutput:
+        """Raise for rows that could not be used, unless it is not wanted, and reduce the others."""
+        status = self.results["status"]
+        if self.strict is not False:
+            codes = status[:, 0]
+            if np.isin(codes, (rowstatus.LABEL, rowstatus.WEIGHT)).any():
+                _check_rows(self.engine, status, self.lead, self.student.shape[-1], self.objective.ignore_index)
+            check(status)
+        if self.strict:
+            _check_gradients(self.engine, status, self.lead, self.objective.divergence.name)
+
+        def reduced(name: str) -> Any:
+            values = self.results[name]
+            return values.reshape(self.lead)[()] if self.reduction == "none" else np.add.reduce(values)
+
+        alpha = self.objective.alpha
+        return KDOutput(
+            loss=reduced("loss"),
+            gradient=self.gradient if out is None else out,
+            ce=reduced("ce") if alpha > 0 else None,
+            kl=reduced("kl") if alpha < 1 else None,
+        )
+
+
+def _call(
+    function: str,
+    student_logits: Any,
+    teachers: Mapping[str, Any],
+    labels: Any,
+    temperature: Any,
+    alpha: Any,
+    *,
+    divergence: Any,
+    scale_t2: Any,
+    ignore_index: Any,
+    weights: Any,
+    reduction: Any,
+    denominator: Any,
+    out: Any,
+    validate: Any,
+    threads: int | None,
+    labels_needed: bool = False,
+) -> _Call:
+    """Check everything but what a variant has alone; ``teachers`` by the names that errors call them."""
+    inputs = {"student_logits": student_logits, **teachers, "labels": labels, "weights": weights, "out": out}
+    device = [name for name, obj in inputs.items() if not isinstance(obj, np.ndarray) and on_device(obj)]
+    if device:
+        raise DeviceMismatchError(f"{function} works on host arrays only, but on a device are {', '.join(device)}")
+    engine = _engine(inputs, threads, None)
+
+    temperature = _temperature(temperature)
+    objective = Objective(
+        divergence=as_divergence(divergence),
+        temperature=temperature,
+        teacher_temperature=temperature,
+        alpha=number_in(alpha, "alpha", 0, 1),
+        kd_scale=temperature * temperature if flag(scale_t2, "scale_t2") else 1.0,
+        ignore_index=integer(ignore_index, "ignore_index"),
+    )
+    reduction = choice(reduction, "reduction", ("mean", "sum", "none"))
+    if denominator is not None:
+        denominator = positive_number(denominator, "denominator")
+        if reduction != "mean":
+            raise DomainError(f'denominator={denominator} goes with reduction="mean", got reduction={reduction!r}')
+    strict = _optional_flag(validate, "validate")
+
+    student = _logits(engine, student_logits, "student_logits")
+    lead = student.shape[:-1]
+    rows = math.prod(lead)
+    checked = []
+    for name, obj in teachers.items():
+        if obj is None:
+            if objective.alpha < 1:
+                raise DTypeError(f"{name} are needed unless alpha is 1, got None and alpha={objective.alpha}")
+            continue
+        checked.append(_logits(engine, obj, name))
+        _same_shape(checked[-1].shape, name, student.shape, "student_logits")
+    if labels is not None:
+        labels = _labels(engine, labels, lead)
+    elif labels_needed:
+        raise LabelError("labels are needed whatever alpha: they are the target classes; got labels=None")
+    elif objective.alpha > 0:
+        raise LabelError(f"labels are needed unless alpha is 0, got labels=None and alpha={objective.alpha}")
+    else:
+        labels = np.empty(0, np.int64)
+    weights = _weights(engine, weights, lead) if weights is not None else np.empty(0)
+
+    if out is None:
+        gradient = np.empty(student.shape, student.dtype)
+    else:
+        given = {name: obj for name, obj in inputs.items() if name != "out" and obj is not None}
+        gradient = _output(engine, out, student.shape, "student_logits", given)
+
+    if strict is not False:
+        _check_scale(weights, rows, denominator if reduction == "mean" else 1.0)
+    divisor = np.full(1, 1.0 if denominator is None else denominator)
+    if reduction == "mean" and denominator is None:
+        engine.kernels.weight_sum(labels, weights, objective.ignore_index, rows, divisor, engine.where)
+    results = {name: np.empty(rows) for name in ("loss", "ce", "kl")} | {"status": np.zeros((rows, 2), np.int64)}
+    return _Call(engine, objective, student, checked, labels, weights, divisor, gradient, results, reduction, strict)
+
+
+def _without_divergence(call: _Call, part: slice, s: Any, ts: list[Any], arguments: dict[str, Any]) -> None:
+    """alpha = 1: the cross-entropy alone, in which there is no teacher."""
+    call.engine.kernels.kd_rows(s, s, objective=call.objective, **arguments)
+
+
+def _kernels() -> ModuleType:
+    from kdcore.cpu import variants
+
+    return variants
+
+
+def _check_pair(call: _Call) -> Callable[[np.ndarray], None]:
+    names = {rowstatus.STUDENT: "student_logits", rowstatus.TEACHER: "teacher_logits"}
+    return lambda status: _check_logits(call.engine, status, call.lead, names)
+
+
+# --- decoupled -----------------------------------------------------------------------------------------------------
+
+
+def _factor(value: Any, name: str) -> float:
+    expected = "a finite number of at least 0"
+    number = real_number(value, name, expected)
+    if not 0 <= number < math.inf:
+        raise DomainError(f"{name} must be {expected}, got {value!r}")
+    return number
+
+
+def dkd_loss_and_gradient(
+    student_logits: Any,
+    teacher_logits: Any,
+    labels: Any,
+    temperature: float,
+    alpha: float,
+    *,
+    target_weight: float = 1.0,
+    nontarget_weight: float = 8.0,
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    weights: Any = None,
+    reduction: Reduction = "mean",
+    denominator: float | None = None,
+    out: Any = None,
+    validate: bool | None = None,
+    threads: int | None = None,
+) -> KDOutput:
+    """Decoupled knowledge distillation, in which forward KL's two parts have weights of their own, and its gradient.
+
+    With p = softmax(t/T), q = softmax(s/T), and p', q' the softmax over all classes but the label y, a row has
+
+        L    = alpha CE(softmax(s), y) + (1 - alpha) T² (target_weight TCKD + nontarget_weight NCKD)
+        TCKD = p_y log(p_y / q_y) + (1 - p_y) log((1 - p_y) / (1 - q_y))
+        NCKD = sum over v other than y of p'_v log(p'_v / q'_v)
+
+    and KL(p || q) = TCKD + (1 - p_y) NCKD, so that ``nontarget_weight=1 - p_y`` would be plain KD. **alpha is the
+    weight of the hard cross-entropy.** The gradient of the second part is (1 - alpha) T times
+
+        target_weight (q_y - p_y)                                                   for the label
+        nontarget_weight (q'_v - p'_v) - target_weight (q_y - p_y) q'_v             for the others
+
+    Probabilities of the label and of the rest come from log-odds, so that loss and gradient are finite and exact also
+    where the student is wrong beyond what 1 - q_y can show in floating point.
+
+    Parameters
+    ----------
+    student_logits, teacher_logits : array [..., V]
+        float32, float64, float16 or bfloat16 (they may differ), on the host. Of classes that are ruled out, -inf:
+
+        - a label that the student alone rules out makes TCKD +inf, another class NCKD +inf, with finite gradients;
+        - where the teacher allows no class but the label, as in V = 1, NCKD is 0: of the others it says nothing;
+        - where the student allows no class but the label, and the teacher does, q' does not exist: the loss is +inf
+          and the row's gradient NaN, an error under ``validate=True``.
+    labels : array-like of int [...]
+        The target classes in [0, V), or ``ignore_index``. Needed at every alpha.
+    temperature : float
+        T, positive and finite. CE is always taken at T = 1.
+    alpha : float
+        Weight of the cross-entropy, in [0, 1]. At 1 the teacher is not read (and may be None).
+    target_weight, nontarget_weight : float
+        The paper's alpha and beta, finite and at least 0. A part of weight 0 is not computed. The paper takes 1 and, by
+        task, 1 to 10, and adds all of it to a CE of weight 1: that is twice this loss at alpha = 0.5.
+    scale_t2, ignore_index, weights, reduction, denominator, out, validate, threads
+        As for :func:`kdcore.kd_loss_and_gradient`.
+
+    Returns
+    -------
+    KDOutput
+        ``kl`` is T² (target_weight TCKD + nontarget_weight NCKD).
+
+    Raises
+    ------
+    DomainError, DTypeError, ShapeError, LabelError, NonFiniteError, AliasError, DeviceMismatchError,
+    UndefinedGradientError
+
+    References
+    ----------
+    Zhao, Cui, Song, Qiu & Liang 2022, "Decoupled Knowledge Distillation", arXiv:2203.08679.
+
+    Examples
+    --------
+    >>> import numpy as np, kdcore
+    >>> student, teacher = np.array([[0.0, 1e4, 0.0]]), np.array([[1e4, 0.0, 1.0]])
+    >>> result = kdcore.dkd_loss_and_gradient(student, teacher, [0], 1.0, alpha=0.0, nontarget_weight=0.0)
+    >>> print(float(result.loss), result.gradient)
+    10000.0 [[-1.  1.  0.]]
+    """
+    target, nontarget = _factor(target_weight, "target_weight"), _factor(nontarget_weight, "nontarget_weight")
+    call = _call(
+        "dkd_loss_and_gradient",
+        student_logits,
+        {"teacher_logits": teacher_logits},
+        labels,
+        temperature,
+        alpha,
+        divergence="forward_kl",
+        scale_t2=scale_t2,
+        ignore_index=ignore_index,
+        weights=weights,
+        reduction=reduction,
+        denominator=denominator,
+        out=out,
+        validate=validate,
+        threads=threads,
+        labels_needed=True,
+    )
+    if not math.isfinite(target * call.objective.kd_scale) or not math.isfinite(nontarget * call.objective.kd_scale):
+        raise DomainError(f"target_weight={target} or nontarget_weight={nontarget} times T² overflows")
+
+    def launch(part: slice, s: Any, ts: list[Any], arguments: dict[str, Any]) -> None:
+        if call.objective.alpha == 1:
+            _without_divergence(call, part, s, ts, arguments)
+        else:
+            _kernels().dkd_rows(s, ts[0], objective=call.objective, target=target, nontarget=nontarget, **arguments)
+
+    call.run(launch)
+    return call.output(_check_pair(call), out)
+
+
+# --- mixtures of teachers ------------------------------------------------------------------------------------------
+
+#: How far from 1 the weights of a row's teachers may add up.
+_SUM_TOLERANCE = 1e-6
+
+
+def _teachers(teachers: Any) -> dict[str, Any]:
+    """The teachers by the names that errors call them."""
+    if teachers is None:
+        return {"teachers": None}
+    if isinstance(teachers, str | bytes | Mapping) or not isinstance(teachers, Iterable):
+        raise DTypeError(f"teachers must be a sequence of arrays, got {type(teachers).__name__}")
+    if isinstance(teachers, np.ndarray) and teachers.ndim == 0:
+        raise DTypeError("teachers must be a sequence of arrays, got a 0-d array")
+    several = list(teachers)
+    if not several:
+        raise ShapeError("teachers must have at least one teacher, got an empty sequence")
+    for k, teacher in enumerate(several):
+        if teacher is None:
+            raise DTypeError(f"teachers[{k}] must be an array like student_logits, got None")
+    return {f"teachers[{k}]": teacher for k, teacher in enumerate(several)}
+
+
+def _shares(teacher_weights: Any, call: _Call) -> np.ndarray:
+    """The weights of teachers [rows, K], which add up to 1 in every row that is read."""
+    lead, rows, count = call.lead, math.prod(call.lead), len(call.teachers)
+    if teacher_weights is None:
+        return np.full((rows, count), 1.0 / count)
+    if on_device(teacher_weights):
+        raise DeviceMismatchError("teacher_weights must be on the host, as all arrays of this function")
+    array = call.engine.memory.as_array(teacher_weights)
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+        raise DTypeError(f"teacher_weights must be real numbers, got dtype {array.dtype}")
+    if array.shape not in ((count,), (*lead, count)):
+        raise ShapeError(
+            f"teacher_weights must have shape {(count,)}, one for each teacher, or {(*lead, count)}, got {array.shape}"
+        )
+    shared = array.shape == (count,)
+    wide = np.array(array, np.float64).reshape(-1, count)
+    masked = np.zeros(rows, bool)
+    if call.labels.size:
+        masked |= call.labels == call.objective.ignore_index
+    if call.weights.size:
+        masked |= call.weights == 0
+    read = np.ones(1, bool) if shared else ~masked
+    names: tuple[int, ...] = () if shared else lead
+    bad = read[:, None] & ~((wide >= 0) & (wide < math.inf))
+    if bad.any():
+        row, k = (int(i) for i in np.argwhere(bad)[0])
+        raise DomainError(
+            f"{_at('teacher_weights', names, row, k)} is {wide[row, k]}, not a finite number of at least 0"
+        )
+    with np.errstate(all="ignore"):  # of rows that are not read
+        total = wide.sum(axis=1)
+        off = read & ~(np.abs(total - 1) <= _SUM_TOLERANCE)
+        if off.any():
+            row = int(off.argmax())
+            where = _at("teacher_weights", names, row)
+            raise DomainError(f"{where} must add up to 1 within {_SUM_TOLERANCE}, but its sum is {total[row]}")
+        wide /= total[:, None]
+    return np.broadcast_to(wide, (rows, count))
+
+
+def mixture_kd_loss_and_gradient(
+    student_logits: Any,
+    teachers: Any,
+    labels: Any,
+    temperature: float,
+    alpha: float,
+    *,
+    teacher_weights: Any = None,
+    divergence: Any = "forward_kl",
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    weights: Any = None,
+    reduction: Reduction = "mean",
+    denominator: float | None = None,
+    out: Any = None,
+    validate: bool | None = None,
+    threads: int | None = None,
+) -> KDOutput:
+    """The KD loss of a mixture of K teachers, and its exact gradient by the student's logits.
+
+    With p = sum over k of w_k softmax(t_k/T) and q = softmax(s/T), a row has
+
+        L = alpha CE(softmax(s), y) + (1 - alpha) T² D(p, q)
+
+    **alpha is the weight of the hard cross-entropy.** Probabilities are mixed, not logits, and in logarithms: a class
+    in which every teacher's probability underflows keeps its finite log-ratio. For forward KL the gradient is that of
+    the weighted mean of the K divergences, and D is less by what does not depend on the student, the mean of
+    KL(p_k || p); for other divergences both differ. The mixture is never stored for more than a few rows.
+
+    Parameters
+    ----------
+    student_logits : array [..., V]
+        float32, float64, float16 or bfloat16, on the host. -inf rules a class out; the mixture rules out what all
+        teachers do that have a weight.
+    teachers : sequence of K arrays [..., V], or an array [K, ..., V]
+        The teachers' logits, all of one dtype.
+    labels, temperature, alpha
+        As for :func:`kdcore.kd_loss_and_gradient`. T is that of all teachers and of the student. At alpha = 1 no
+        teacher is read (and ``teachers`` may be None).
+    teacher_weights : array-like [K] or [..., K], optional
+        w, of at least 0, for all rows or for each; they must add up to 1 within 1e-6 and are divided by their sum. By
+        default 1 / K. A teacher is not read in a row where its weight is 0. Weights of masked rows are not read.
+    divergence, scale_t2, ignore_index, weights, reduction, denominator, out, validate, threads
+        As for :func:`kdcore.kd_loss_and_gradient`.
+
+    Returns
+    -------
+    KDOutput
+        ``kl`` is T² D(p, q).
+
+    Raises
+    ------
+    DomainError, DTypeError, ShapeError, LabelError, NonFiniteError, AliasError, DeviceMismatchError,
+    UndefinedGradientError
+
+    References
+    ----------
+    Hinton, Vinyals & Dean 2015, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531 (of ensembles).
+
+    Examples
+    --------
+    >>> import numpy as np, kdcore
+    >>> student = np.zeros((1, 2))
+    >>> teachers = np.log([[[0.2, 0.8]], [[0.6, 0.4]]])
+    >>> result = kdcore.mixture_kd_loss_and_gradient(student, teachers, [0], 1.0, 0.0, teacher_weights=[0.75, 0.25])
+    >>> result.gradient.round(6)  # 1/2 less 0.75 · 0.2 + 0.25 · 0.6
+    array([[ 0.2, -0.2]])
+    """
+    named = _teachers(teachers)
+    call = _call(
+        "mixture_kd_loss_and_gradient",
+        student_logits,
+        named,
+        labels,
+        temperature,
+        alpha,
+        divergence=divergence,
+        scale_t2=scale_t2,
+        ignore_index=ignore_index,
+        weights=weights,
+        reduction=reduction,
+        denominator=denominator,
+        out=out,
+        validate=validate,
+        threads=threads,
+    )
+    for k, teacher in enumerate(call.teachers):
+        if teacher.dtype != call.teachers[0].dtype:
+            raise DTypeError(
+                f"teachers must be of one dtype, got {call.teachers[0].dtype} and, in teachers[{k}], {teacher.dtype}"
+            )
+    if call.objective.alpha == 1:
+        call.run(lambda *rows: _without_divergence(call, *rows))
+        return call.output(_check_pair(call), out)
+
+    shares = _shares(teacher_weights, call)
+    culprits = np.zeros((math.prod(call.lead), 3), np.int64)
+
+    def launch(part: slice, s: Any, ts: list[Any], arguments: dict[str, Any]) -> None:
+        _kernels().mixture_rows(s, ts, shares[part], objective=call.objective, culprits=culprits[part], **arguments)
+
+    def check(status: np.ndarray) -> None:
+        """The first bad row's error: the teacher's own status, and which it is, instead of the mixture's."""
+        of_teacher = status[:, 0] // 10 * 10 == rowstatus.TEACHER
+        status = np.where(of_teacher[:, None], culprits[:, :2], status)
+        bad = np.isin(status[:, 0] // 10 * 10, (rowstatus.STUDENT, rowstatus.TEACHER))
+        if bad.any():
+            k = int(culprits[int(bad.argmax()), 2])
+            names = {rowstatus.STUDENT: "student_logits", rowstatus.TEACHER: f"teachers[{k}]"}
+            _check_logits(call.engine, status, call.lead, names)
+
+    call.run(launch)
+    return call.output(check, out)
+
+
+# --- standardised logits -------------------------------------------------------------------------------------------
+
+
+def standardized_kd_loss_and_gradient(
+    student_logits: Any,
+    teacher_logits: Any,
+    labels: Any,
+    temperature: float,
+    alpha: float,
+    *,
+    divergence: Any = "forward_kl",
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    weights: Any = None,
+    reduction: Reduction = "mean",
+    denominator: float | None = None,
+    out: Any = None,
+    validate: bool | None = None,
+    threads: int | None = None,
+) -> KDOutput:
+    """The KD loss of standardised logits, and its exact gradient by the student's logits, through mean and deviation.
+
+    With z(x) = (x - mean x) / std x over the row's finite logits, a row has
+
+        L = alpha CE(softmax(s), y) + (1 - alpha) T² D(softmax(z(t)/T), softmax(z(s)/T))
+
+    so that the student need not match the teacher's scale. **alpha is the weight of the hard cross-entropy**, which is
+    of the logits as they are. From the gradient g of D by z(s), that by s is
+
+        (g - mean g - z mean(g z)) / std s
+
+    It is orthogonal to s, and D does not change when s or t becomes a s + b, a > 0. ``std`` is the population's: the
+    mean square is over all V classes. The paper's code divides by V - 1 instead and adds 1e-7 to the deviation, so that
+    its T is as T sqrt(V / (V - 1)) here.
+
+    Parameters
+    ----------
+    student_logits, teacher_logits : array [..., V]
+        float32, float64, float16 or bfloat16 (they may differ), on the host. -inf rules a class out, which counts
+        neither in mean nor in deviation and whose gradient of D is 0; where only the student does, forward KL is +inf
+        with a finite gradient. Finite logits that are all the same, V = 1 among them, have no deviation: an error.
+    labels : array-like of int [...], or None
+        Classes in [0, V), or ``ignore_index``. None is allowed at alpha = 0.
+    temperature : float
+        T, positive and finite. The factor T² (``scale_t2``) is of this T, without the deviations.
+    alpha : float
+        Weight of the cross-entropy, in [0, 1]. At 1 the teacher is not read (and may be None), nothing standardised.
+    divergence, scale_t2, ignore_index, weights, reduction, denominator, out, validate, threads
+        As for :func:`kdcore.kd_loss_and_gradient`. With ``validate=False`` a row without deviation becomes NaN.
+
+    Returns
+    -------
+    KDOutput
+        ``kl`` is T² D.
+
+    Raises
+    ------
+    DomainError, DTypeError, ShapeError, LabelError, NonFiniteError, AliasError, DeviceMismatchError,
+    UndefinedGradientError
+
+    References
+    ----------
+    Sun, Ren, Li, Wang & Cao 2024, "Logit Standardization in Knowledge Distillation", arXiv:2403.01427.
+
+    Examples
+    --------
+    >>> import numpy as np, kdcore
+    >>> teacher = np.array([[0.3, 1.7, -0.2, 2.4]])
+    >>> result = kdcore.standardized_kd_loss_and_gradient(5 * teacher - 3, teacher, None, 2.0, alpha=0.0)
+    >>> print(abs(float(result.loss)) < 1e-12, np.abs(result.gradient).max() < 1e-12)
+    True True
+    """
+    call = _call(
+        "standardized_kd_loss_and_gradient",
+        student_logits,
+        {"teacher_logits": teacher_logits},
+        labels,
+        temperature,
+        alpha,
+        divergence=divergence,
+        scale_t2=scale_t2,
+        ignore_index=ignore_index,
+        weights=weights,
+        reduction=reduction,
+        denominator=denominator,
+        out=out,
+        validate=validate,
+        threads=threads,
+    )
+
+    def launch(part: slice, s: Any, ts: list[Any], arguments: dict[str, Any]) -> None:
+        if call.objective.alpha == 1:
+            _without_divergence(call, part, s, ts, arguments)
+        else:
+            _kernels().standardized_rows(s, ts[0], objective=call.objective, **arguments)
+
+    def check(status: np.ndarray) -> None:
+        names = {rowstatus.STUDENT: "student_logits", rowstatus.TEACHER: "teacher_logits"}
+        bad = np.isin(status[:, 0] // 10 * 10, list(names))
+        if not bad.any():
+            return
+        row = int(bad.argmax())
+        code = int(status[row, 0])
+        if code % 10 == _kernels().NO_SPREAD:
+            where = _at(names[code // 10 * 10], call.lead, row)
+            raise DomainError(f"{where} has no deviation to divide by: its finite logits are all the same")
+        _check_logits(call.engine, status, call.lead, names)
+
+    call.run(launch)
+    return call.output(check, out)
