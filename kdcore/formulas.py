@@ -163,8 +163,7 @@ def kd_loss(ce, kl, alpha):
 
 
 def log_odds(d, temperature, log_z):
-#   """log(q / (1 - q)) of a class from the sum z of the others: d is its logit less their maximum, scaled by
-# HEADROOM."""
+    """log(q / (1 - q)) of a class from the sum z of the others: d its logit less their maximum, scaled by HEADROOM."""
     return d / HEADROOM / temperature - log_z
 
 
