@@ -385,3 +385,18 @@ def test_cpu_calls_do_not_import_cuda(tmp_path):
         tmp_path,
     )
     assert output.split() == ["True", "True"]
+
+
+@pytest.mark.parametrize("size", [1.0, 3e38])  # beyond float32's differences, so that rows are worked again in float64
+def test_in_place_in_an_array_whose_rows_are_not_contiguous(size):
+    student = np.where(np.arange(40) % 3 == 0, size, -size).astype(np.float32).reshape(2, 20)
+    teacher = -student
+    expected = kdcore.kd_loss_and_gradient(student, teacher, None, 2.0, 0.0, divergence="reverse_kl")
+    assert np.isfinite(expected.gradient).all()
+    every_second = np.full((2, 40), np.nan, np.float32)[:, ::2]
+    every_second[...] = student
+    result = kdcore.kd_loss_and_gradient(
+        every_second, teacher, None, 2.0, 0.0, divergence="reverse_kl", out=every_second
+    )
+    assert result.loss == expected.loss
+    np.testing.assert_array_equal(every_second, expected.gradient)

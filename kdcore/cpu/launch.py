@@ -65,11 +65,8 @@ class _Rows:
         self.flat = flat if writable else _readable(flat)
 
     def part(self, lo, hi):
-        """Some of the rows, contiguous."""
-        copy = np.empty((hi - lo, self.array.shape[1]), self.array.dtype)
-        if not self.writable:
-            copy[...] = self.array[lo:hi]
-        return _Rows(copy, self.writable)
+        """Some of the rows, contiguous. Results too with what they hold: in place it is needed where none is written."""
+        return _Rows(np.array(self.array[lo:hi], order="C"), self.writable)
 
 
 class _Scratch:

@@ -1,7 +1,7 @@
 """Row functions of the CPU engine: njit functions on a row or a block of it, for reuse in a caller's own njit code.
 
 Letters: V classes; x, s, t rows [V] of logits in storage form (float32, float64, or the bits of 16-bit floats, see
-:mod:`kdcore.cpu.primitives`); e exponentials in the working type (float32 or float64), z their sum. What is computed
+:mod:`kdcore.cpu.simd`); e exponentials in the working type (float32 or float64), z their sum. What is computed
 is written in :mod:`kdcore.formulas`, for numbers; here it is applied to the vectors of :mod:`kdcore.cpu.simd`.
 
 A row is cut into **blocks** of BLOCK classes, always at the same places. A block has maxima and sums of its own, its
@@ -52,6 +52,7 @@ __all__ = [
     "logsumexp_row",
     "max_block",
     "padded",
+    "row_scratch",
     "softmax_row",
     "write_block",
 ]
@@ -59,7 +60,6 @@ __all__ = [
 #: Classes of a block: 16 KiB of float32, so that the blocks of student and teacher stay in the nearest caches.
 BLOCK = 4096
 _PART = 8
-_RATE_1 = math.log2(math.e)
 
 #: Rows of ``work`` [WORK_ROWS, width]: exponentials, in the working type. They go on for a vector beyond the row.
 E_S, E_T, E_H = range(3)
@@ -437,7 +437,7 @@ def block_states(s, t, b, hard, soft, power, temperature, teacher_temperature, f
     if hard and power > 0:
         state[Z_H] = state[Z_S] if power == 1 else power_sum(work[E_S, start : start + x.size], power)
     elif hard:
-        state[Z_H] = exp_block(x, o_s, _RATE_1, work[E_H, start : start + x.size], s, ahead)
+        state[Z_H] = exp_block(x, o_s, _rate(1.0), work[E_H, start : start + x.size], s, ahead)
 
 
 @inner
