@@ -65,7 +65,7 @@ class _Rows:
         self.flat = flat if writable else _readable(flat)
 
     def part(self, lo, hi):
-        """Some of the rows, contiguous. Results too with what they hold: in place it is needed where none is written."""
+        """Some of the rows, contiguous; of results too, since in place a row that is not written keeps its logits."""
         return _Rows(np.array(self.array[lo:hi], order="C"), self.writable)
 
 
