@@ -394,6 +394,17 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _create(path: Path) -> Any:
+    """A new file with nothing in it; the same contents later make the same bytes, whatever the version of h5py."""
+    creation, access = h5py.h5p.create(h5py.h5p.FILE_CREATE), h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    creation.set_obj_track_times(False)
+    # Format 1.8 has checksums on its metadata, and no open-for-write flag that a killed writer would leave behind.
+    access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
+    access.set_alignment(4096, 4096)  # so that arrays can be mapped, and read past the page cache
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    return h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_EXCL, fcpl=creation, fapl=access)
+
+
 @contextmanager
 def _replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
     """A new HDF5 file that takes the place of ``path`` when the block ends, and vanishes when it fails.
@@ -407,11 +418,7 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise FileNotFoundError(f"{final.parent} is not a directory, so {final.name} cannot be written there")
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
     try:
-        # v108 has checksums on its metadata, and no open-for-write flag that a killed writer would leave behind.
-        # Aligned arrays can be mapped, and read past the page cache.
-        with h5py.File(
-            temporary, "x", libver=("v108", "v108"), alignment_threshold=4096, alignment_interval=4096
-        ) as file:
+        with h5py.File(_create(temporary)) as file:
             yield file
         _fsync(temporary)
         os.replace(temporary, final)

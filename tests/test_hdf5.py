@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import time
 from pathlib import Path
 
 import h5py
@@ -428,6 +429,13 @@ def test_checkpoint_keeps_what_json_lacks(path):
 
 
 CHECKPOINT = {"weight": ROWS, "optimizer/velocity": ROWS[0] / 7, "step": np.array(3)}
+
+
+def test_same_contents_same_bytes(path, tmp_path):
+    write_arrays(path, CHECKPOINT, {"epoch": 2})
+    time.sleep(1.1)  # HDF5's times are in seconds
+    write_arrays(tmp_path / "later.h5", CHECKPOINT, {"epoch": 2})
+    assert (tmp_path / "later.h5").read_bytes() == path.read_bytes()
 
 
 def test_any_flipped_bit_of_the_arrays_is_found(path):
