@@ -2,9 +2,9 @@
 
 The functions are plain Python that uses ``math`` alone. Each engine compiles them with its own compiler, so a formula
 that changes here changes everywhere. A formula may call no other one, because a compiled function cannot call one that
-is not; it may call :func:`where`, :func:`log` and :func:`exp`, for which :func:`bound` puts an engine's own. It has no
-branches but ``where``, so that a vector of numbers can take the place of a number. Exponentials of logits come in as
-arguments.
+is not; it may call :func:`where`, :func:`fma`, :func:`log` and :func:`exp`, for which :func:`bound` puts an engine's
+own. It has no branches but ``where``, so that a vector of numbers can take the place of a number. Exponentials of
+logits come in as arguments.
 
 Notation, for one row of V classes:
 
@@ -31,6 +31,7 @@ __all__ = [
     "bound",
     "cross_entropy",
     "exp",
+    "fma",
     "forward_kl_from_sums",
     "forward_kl_moment",
     "forward_kl_slope",
@@ -77,6 +78,11 @@ def where(condition, x, y):
     return x if condition else y
 
 
+def fma(x, y, z):
+    """x y + z, with one rounding where the engine has an instruction for it."""
+    return x * y + z
+
+
 def log(x):
     """The natural logarithm of a positive number; what it gives elsewhere must not be used."""
     return math.log(x) if x > 0 else -math.inf
@@ -88,7 +94,7 @@ def exp(x):
 
 
 def bound(formula, functions):
-    """A copy of a formula that finds ``functions`` (a dict by name) where it says where, log or exp."""
+    """A copy of a formula that finds ``functions`` (a dict by name) where it says where, fma, log or exp."""
     names = {**formula.__globals__, **functions}
     return type(formula)(formula.__code__, names, formula.__name__, formula.__defaults__, formula.__closure__)
 
@@ -116,13 +122,13 @@ def cross_entropy(d, z):
     return math.log(z) - d / HEADROOM
 
 
-def forward_kl_moment(e_t, d_t, d_s, ratio):
-    """One class of w = sum of e_t (d_t - ratio d_s), ratio = T_t / T, from which KL(p || q) follows.
+def forward_kl_moment(w, e_t, d_t, d_s, ratio):
+    """One class more in w = sum of e_t (d_t - ratio d_s), ratio = T_t / T, from which KL(p || q) follows.
 
     0 log 0 = 0: a class outside the teacher's support adds nothing. Inside it, a class that the student rules out
     makes the divergence +inf: the term is +inf, or NaN where e_t has underflowed to 0.
     """
-    return e_t * where(d_t == -math.inf, 0.0, d_t - ratio * d_s)
+    return fma(e_t, where(d_t == -math.inf, 0.0, fma(-ratio, d_s, d_t)), w)
 
 
 def shift_factor(d, temperature):
@@ -150,7 +156,7 @@ def kd_gradient(e_h, e_q, e_p, hard, soft_q, soft_p):
     The factors hold the normalisers: hard = alpha / z_h, soft_q = (1 - alpha) T / z_q and so on. For a divergence that
     is the sum of phi(p, q), q phi' stands for e_q and q for e_p, with soft_p = soft_q times the sum of q phi'.
     """
-    return hard * e_h + (soft_q * e_q - soft_p * e_p)
+    return fma(hard, e_h, soft_q * e_q - soft_p * e_p)
 
 
 def kd_loss(ce, kl, alpha):

@@ -50,7 +50,7 @@ from kdcore.cpu.rows import (
     write_row,
     write_softmax,
 )
-from kdcore.cpu.simd import fence, from_real, to_real
+from kdcore.cpu.simd import borrowed, fence, from_real, to_real
 from kdcore.rowstatus import LABEL, STUDENT, TEACHER, TOO_WIDE, UNDEFINED_GRADIENT, WEIGHT
 
 __all__ = [
@@ -138,6 +138,8 @@ def _kd_kernel(terms_block, *key, cache=True):
         """alpha CE + (1 - alpha) kd_scale D(p, q) of the rows [lo, hi), its parts and its gradient."""
         _ = told_apart
         fused = _terms_block is None
+        student, teacher, gradient = borrowed(student), borrowed(teacher), borrowed(gradient)
+        work, pads, states, status = borrowed(work), borrowed(pads), borrowed(states), borrowed(status)
         blocks = blocks_in(classes)
         hard, soft = alpha > 0.0, alpha < 1.0
         power = h_power(temperature, soft)
@@ -233,102 +235,50 @@ def _kernel_of(name, term, slope, builtin):
     return _kd_kernel(two_formula_terms(bind(term), bind(slope)), name, cache=builtin)
 
 
-def _softmax_kernels(sources):
-    """The kernels of the softmax family; the digest of all ``sources`` is in their closure, as above."""
+def _softmax_kernel(log):
+    """The kernel of softmax, or of its logarithm."""
+    told_apart = _SOURCES, log
 
     @njit(nogil=True, cache=True)
     def softmax_kernel(
-        logits,
-        stride,
-        classes,
-        temperature,
-        work,
-        pads,
-        states,
-        phases,
-        lo,
-        hi,
-        first,
-        last,
-        out,
-        out_stride,
-        streaming,
-        status,
-    ):
-        """Rows of softmax(x / T); a row that cannot be used becomes NaN."""
-        _ = sources
+        logits, stride, classes, temperature, work, pads, states, phases, lo, hi, first, last, out, out_stride,
+        streaming, status,
+    ):  # fmt: skip
+        """Rows of softmax(x / T) or log softmax(x / T); a row that cannot be used becomes NaN."""
+        _ = told_apart
+        logits, out, status = borrowed(logits), borrowed(out), borrowed(status)
+        work, pads, states = borrowed(work), borrowed(pads), borrowed(states)
         for i in range(lo, hi):
             x = logits[i * stride : i * stride + classes]
             y = out[i * out_stride : i * out_stride + classes]
             if phases & STATES:
-                softmax_states(x, temperature, True, work, pads, states, first, last)
+                softmax_states(x, temperature, not log, work, pads, states, first, last)
             if phases & MERGE:
                 states[-1, GO] = merge_softmax(states, blocks_in(classes), temperature)
                 if not states[-1, GO]:
                     _report_row(x, STUDENT, status[i])
                     _fill(y, math.nan)
             if phases & WRITE and states[-1, GO]:
-                write_softmax(temperature, work, states, first, last, y, streaming)
+                if log:
+                    write_log_softmax(x, temperature, work, pads, states, first, last, y, streaming)
+                else:
+                    write_softmax(temperature, work, states, first, last, y, streaming)
         if streaming:
             fence()
 
-    @njit(nogil=True, cache=True)
-    def log_softmax_kernel(
-        logits,
-        stride,
-        classes,
-        temperature,
-        work,
-        pads,
-        states,
-        phases,
-        lo,
-        hi,
-        first,
-        last,
-        out,
-        out_stride,
-        streaming,
-        status,
-    ):
-        """Rows of log softmax(x / T); a row that cannot be used becomes NaN."""
-        _ = sources
-        for i in range(lo, hi):
-            x = logits[i * stride : i * stride + classes]
-            y = out[i * out_stride : i * out_stride + classes]
-            if phases & STATES:
-                softmax_states(x, temperature, False, work, pads, states, first, last)
-            if phases & MERGE:
-                states[-1, GO] = merge_softmax(states, blocks_in(classes), temperature)
-                if not states[-1, GO]:
-                    _report_row(x, STUDENT, status[i])
-                    _fill(y, math.nan)
-            if phases & WRITE and states[-1, GO]:
-                write_log_softmax(x, temperature, work, pads, states, first, last, y, streaming)
-        if streaming:
-            fence()
+    return softmax_kernel
 
+
+def _logsumexp_kernel(sources):
     @njit(nogil=True, cache=True)
     def logsumexp_kernel(
-        logits,
-        stride,
-        classes,
-        temperature,
-        work,
-        pads,
-        states,
-        phases,
-        lo,
-        hi,
-        first,
-        last,
-        out,
-        out_stride,
-        streaming,
-        status,
-    ):
+        logits, stride, classes, temperature, work, pads, states, phases, lo, hi, first, last, out, out_stride,
+        streaming, status,
+    ):  # fmt: skip
         """log sum exp(x / T) of rows, [B]; a row that cannot be used becomes NaN."""
         _ = sources
+        logits, status = borrowed(logits), borrowed(status)
+        work, pads, states = borrowed(work), borrowed(pads), borrowed(states)
         blocks = blocks_in(classes)
         for i in range(lo, hi):
             x = logits[i * stride : i * stride + classes]
@@ -342,7 +292,8 @@ def _softmax_kernels(sources):
                     _report_row(x, STUDENT, status[i])
                 out[i] = from_real(value, out[i])
 
-    return softmax_kernel, log_softmax_kernel, logsumexp_kernel
+    return logsumexp_kernel
 
 
-softmax_kernel, log_softmax_kernel, logsumexp_kernel = _softmax_kernels(_SOURCES)
+softmax_kernel, log_softmax_kernel = _softmax_kernel(log=False), _softmax_kernel(log=True)
+logsumexp_kernel = _logsumexp_kernel(_SOURCES)

@@ -6,7 +6,17 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from kdcore.cpu.simd import Vector, exponent, fma, mantissa, maximum, power_of_two, where
+from kdcore.cpu.simd import (
+    Vector,
+    exponent,
+    fma,
+    has_eighths,
+    mantissa,
+    maximum,
+    power_of_eighths,
+    power_of_two,
+    where,
+)
 from kdcore.formulas import bound
 
 __all__ = ["bind", "exp", "exp2", "inner", "log", "raw_bits"]
@@ -31,12 +41,16 @@ def raw_bits(array):
     return array
 
 
-# exp2(x) = 2^n 2^r with n the nearest integer and |r| <= 1/2. Adding MAGIC = 1.5 * 2^23 (2^52) plus the bias of the
-# exponent leaves n + bias in the low bits of the sum. 2^r is a polynomial with p(0) = 1, so that the maximum of a row
-# has the exponential 1 exactly: in float32 a minimax fit of degree 6 (relative error 2.0e-9 before rounding), in
-# float64 the Taylor series up to (r ln 2)^13 / 13! (4e-18). Below the smallest normal number the result is 0: there n +
-# bias is 0, and 2^n with it. NaN goes through every step.
-_MAGIC32, _LOWEST32 = np.float32(1.5 * 2.0**23 + 127), np.float32(-127)
+# exp2 is 2^y of y = d * rate: 2^(n/8) 2^r with n/8 the nearest multiple of 1/8 and |r| <= 1/16, or, without the
+# instruction that looks 2^(n/8) up, 2^n 2^r with |r| <= 1/2. A multiply-add that adds MAGIC rounds y to n, and leaves n
+# (plus the bias of the exponent) in the low bits of the sum; a second one gives r, with one rounding, of r's size. 2^r
+# is a polynomial with p(0) = 1, so that the maximum of a row has the exponential 1 exactly: for eighths a minimax fit
+# of degree 3 (relative error 2.7e-8 before rounding), else in float32 one of degree 6 (2.0e-9), in float64 the Taylor
+# series up to (r ln 2)^13 / 13! (4e-18). d is raised to where 2^y is 0: -127 (-1023) becomes 0 in the exponent. NaN
+# goes through every step.
+_MAGIC8, _LOWEST32 = np.float32(1.5 * 2.0**20), np.float32(-127)
+_E1, _E2, _E3 = (np.float32(a) for a in (0.6931472143951043, 0.24025769205750994, 0.05549620605605062))
+_MAGIC32 = np.float32(1.5 * 2.0**23 + 127)
 _A1, _A2, _A3, _A4, _A5, _A6 = (
     np.float32(a)
     for a in (
@@ -56,36 +70,50 @@ _B1, _B2, _B3, _B4, _B5, _B6, _B7, _B8, _B9, _B10, _B11, _B12, _B13 = (
 
 
 @inner
-def _exp2_float32(x):
-    x = maximum(_LOWEST32, x)
-    k = x + _MAGIC32
-    r = x - (k - _MAGIC32)
+def _exp2_eighths(d, rate):
+    d = maximum(_LOWEST32 / rate, d)
+    k = fma(d, rate, _MAGIC8)
+    r = fma(d, rate, _MAGIC8 - k)
+    power = power_of_eighths(k)
+    return fma(power * r, fma(fma(_E3, r, _E2), r, _E1), power)
+
+
+@inner
+def _exp2_float32(d, rate):
+    d = maximum(_LOWEST32 / rate, d)
+    k = fma(d, rate, _MAGIC32)
+    r = fma(d, rate, _MAGIC32 - k)
     p = fma(fma(fma(fma(fma(_A6, r, _A5), r, _A4), r, _A3), r, _A2), r, _A1)
     return fma(p, r, _ONE32) * power_of_two(k)
 
 
 @inner
-def _exp2_float64(x):
-    x = maximum(_LOWEST64, x)
-    k = x + _MAGIC64
-    r = x - (k - _MAGIC64)
+def _exp2_float64(d, rate):
+    d = maximum(_LOWEST64 / rate, d)
+    k = fma(d, rate, _MAGIC64)
+    r = fma(d, rate, _MAGIC64 - k)
     p = fma(fma(fma(fma(_B13, r, _B12), r, _B11), r, _B10), r, _B9)
     p = fma(fma(fma(fma(p, r, _B8), r, _B7), r, _B6), r, _B5)
     p = fma(fma(fma(fma(p, r, _B4), r, _B3), r, _B2), r, _B1)
     return fma(p, r, 1.0) * power_of_two(k)
 
 
-def exp2(x):
-    """2^x of a vector that is not positive, or barely; exactly 0 at -inf, NaN of NaN. For compiled code only.
+def exp2(d, rate):
+    """2^(d * rate) of a vector d that is not positive, or barely, and a positive number rate, of the same type.
 
-    Relative error below 1e-7 in float32 and 3e-16 in float64; results below the normal numbers are 0.
+    Exactly 1 at 0 and 0 at -inf, NaN of NaN. Relative error below 1.4e-7 in float32 and 1.5e-16 in float64; a result
+    below the normal numbers may be anything between 0 and the smallest of them. For compiled code only.
     """
     raise TypeError("exp2 is for compiled code")
 
 
 @overload(exp2)
-def _exp2(x):
-    return {_FLOAT32S: lambda x: _exp2_float32(x), _FLOAT64S: lambda x: _exp2_float64(x)}.get(x)
+def _exp2(d, rate):
+    if d == _FLOAT64S:
+        return lambda d, rate: _exp2_float64(d, rate)
+    if d == _FLOAT32S and has_eighths():
+        return lambda d, rate: _exp2_eighths(d, rate)
+    return (lambda d, rate: _exp2_float32(d, rate)) if d == _FLOAT32S else None
 
 
 # log(x) = n log 2 + log(1 + f) with 1 + f in [sqrt(1/2), sqrt(2)): f, which is exact, less a smaller correction.
@@ -142,9 +170,6 @@ def _log(x):
     return {_FLOAT32S: lambda x: _log_float32(x), _FLOAT64S: lambda x: _log_float64(x)}.get(x)
 
 
-_LOG2_E = math.log2(math.e)
-
-
 def exp(x):
     """The exponential of a vector that is not positive, or barely. For compiled code only."""
     raise TypeError("exp is for compiled code")
@@ -152,9 +177,12 @@ def exp(x):
 
 @overload(exp)
 def _exp(x):
-    return (lambda x: exp2(x * _LOG2_E)) if isinstance(x, Vector) else None
+    if not isinstance(x, Vector):
+        return None
+    rate = (np.float32 if x == _FLOAT32S else np.float64)(math.log2(math.e))
+    return lambda x: exp2(x, rate)
 
 
 def bind(formula):
     """A formula for njit code, on numbers and on vectors."""
-    return inner(bound(formula, {"where": where, "log": log, "exp": exp}))
+    return inner(bound(formula, {"where": where, "fma": fma, "log": log, "exp": exp}))

@@ -206,7 +206,7 @@ def exp_block(x, m, rate, e, ahead, position):
         part = full(0.0, like)
         for v in range(u, min(u + _PART * lanes, x.size), lanes):
             prefetch(ahead, position + v)
-            y = exp2((load(x, v, like) - m) * rate)
+            y = exp2(load(x, v, like) - m, rate)
             store(e, v, y)
             part += y
         z += widen(part)
@@ -247,10 +247,10 @@ def moment_block(t, s, m_t, m_s, rate, ratio, e, ahead, position):
         for v in range(u, min(u + _PART * lanes, t.size), lanes):
             prefetch(ahead, position + v)
             d_t, d_s = load(t, v, like) - m_t, load(s, v, like) - m_s
-            y = exp2(d_t * rate)
+            y = exp2(d_t, rate)
             store(e, v, y)
             part_z += y
-            part_w += _forward_kl_moment(y, d_t, d_s, ratio)
+            part_w = _forward_kl_moment(part_w, y, d_t, d_s, ratio)
         z += widen(part_z)
         w += widen(part_w)
     total = sum_lanes(w) * HEADROOM
@@ -266,7 +266,7 @@ def _careful_moment(t, s, m_t, m_s, ratio, e):
     for v in range(t.size):
         d_t = _scaled_logit(np.float64(t[v]), np.float64(m_t), HEADROOM)
         d_s = _scaled_logit(np.float64(s[v]), np.float64(m_s), HEADROOM)
-        w += _forward_kl_moment(np.float64(e[v]), d_t, d_s, np.float64(ratio))
+        w = _forward_kl_moment(w, np.float64(e[v]), d_t, d_s, np.float64(ratio))
     return w
 
 
@@ -281,22 +281,22 @@ def write_block(e_h, power, e_q, e_p, hard, soft_q, soft_p, with_soft, out, stre
     lanes, zero = lanes_of(like), full(0.0, like)
     hard, soft_q, soft_p = type(like)(hard), type(like)(soft_q), type(like)(soft_p)
     first, streaming = _aligned_part(out, lanes, streaming)
-    v = 0
-    while v < out.size:
-        h, q, p = zero, zero, zero
-        if power > 0:
-            h = to_power(load(e_h, v, like), power)
-        if with_soft:
-            q, p = load(e_q, v, like), load(e_p, v, like)
-        g = _kd_gradient(h, q, p, hard, soft_q, soft_p)
-        count = first if v < first else min(lanes, out.size - v)
-        if count < lanes:
-            _store_part(g, count, out, v)
-        elif streaming:
-            stream(out, v, g)
-        else:
-            store(out, v, g)
-        v += count
+    last = first + (out.size - first) // lanes * lanes
+    for start, stop in ((0, first), (first, last), (last, out.size)):
+        whole = stop - start >= lanes
+        for v in range(start, stop, lanes):
+            h, q, p = zero, zero, zero
+            if power > 0:
+                h = to_power(load(e_h, v, like), power)
+            if with_soft:
+                q, p = load(e_q, v, like), load(e_p, v, like)
+            g = _kd_gradient(h, q, p, hard, soft_q, soft_p)
+            if not whole:
+                _store_part(g, stop - start, out, v)
+            elif streaming:
+                stream(out, v, g)
+            else:
+                store(out, v, g)
 
 
 @inner

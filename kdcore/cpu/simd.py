@@ -13,26 +13,31 @@ stores convert, as :func:`to_real` and :func:`from_real` do for numbers.
 
 import operator
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, lower_builtin, register_model, type_callable
 
 __all__ = [
     "LANES",
     "Mask",
     "Vector",
+    "borrowed",
     "exponent",
     "fence",
     "fma",
     "from_real",
     "full",
+    "has_eighths",
     "lane",
     "load",
     "mantissa",
     "max_lanes",
     "maximum",
+    "power_of_eighths",
     "power_of_two",
     "prefetch",
     "store",
@@ -191,17 +196,20 @@ def where(typingctx, condition, x, y):
 
 @intrinsic
 def fma(typingctx, x, y, z):
-    """x * y + z with one rounding."""
+    """x * y + z with one rounding; also of numbers."""
     vector = _vector_among(x, y, z)
-    if vector is None:
+    number = typingctx.unify_types(x, y, z)
+    if vector is None and number not in _REAL:
         return None
 
     def generate(context, builder, signature, args):
+        if vector is None:
+            args = [context.cast(builder, *pair, number) for pair in zip(args, signature.args, strict=True)]
+            return _call(builder, f"llvm.fma.f{8 * _BYTES[number]}", args[0].type, args)
         args = _broadcast_all(context, builder, signature, args, vector)
-        bits = 8 * _BYTES[vector.element]
-        return _call(builder, f"llvm.fma.v{vector.lanes}f{bits}", args[0].type, args)
+        return _call(builder, f"llvm.fma.v{vector.lanes}f{8 * _BYTES[vector.element]}", args[0].type, args)
 
-    return vector(x, y, z), generate
+    return (vector or number)(x, y, z), generate
 
 
 @intrinsic
@@ -326,6 +334,44 @@ power_of_two = _bits(
     lambda builder, bits, kind, constant, fraction, _: builder.bitcast(builder.shl(bits, constant(fraction)), kind)
 )
 
+# The bits of 2^(j/8), from which the bits of j/8 are taken that come back when n is shifted into the exponent.
+_EIGHTHS = [int(bits) - (j << 20) for j, bits in enumerate(np.exp2(np.arange(8) / 8).astype(np.float32).view(np.int32))]
+
+
+def _features():
+    """What the processor that is compiled for can do, as LLVM writes it."""
+    return cpu_target.target_context.codegen().magic_tuple()[2]
+
+
+def has_eighths():
+    """Whether the processor that is compiled for has the instruction behind :func:`power_of_eighths`."""
+    return "+avx2" in _features()
+
+
+@intrinsic
+def power_of_eighths(typingctx, x):
+    """2^(n/8) of a float32 vector whose lowest 12 bits hold the integer n, as two's complement; 0 of n = -127 * 8."""
+    if x != Vector(types.float32):
+        return None
+
+    def generate(context, builder, signature, args):
+        whole = ir.VectorType(_I32, x.lanes)
+        bits = builder.bitcast(args[0], whole)
+        # One instruction looks the lanes of a register up, by the lowest bits of each: 3 in one of 8 lanes, 4 in one of
+        # 16, for which the table is there twice.
+        name, width = ("avx512.permvar.si.512", 16) if "+avx512f" in _features() else ("avx2.permd", 8)
+        table = ir.Constant(ir.VectorType(_I32, width), _EIGHTHS * (width // 8))
+        found = [
+            _call(builder, f"llvm.x86.{name}", table.type, [table, _lanes(builder, bits, start, width)])
+            for start in range(0, x.lanes, width)
+        ]
+        joined = found[0]
+        if len(found) > 1:
+            joined = builder.shuffle_vector(*found, ir.Constant(whole, list(range(x.lanes))))
+        return builder.bitcast(builder.add(joined, builder.shl(bits, ir.Constant(whole, [20] * x.lanes))), args[0].type)
+
+    return x(x), generate
+
 
 def _exponent(builder, bits, kind, constant, fraction, half_root):
     return builder.sitofp(builder.ashr(builder.sub(bits, constant(half_root)), constant(fraction)), kind)
@@ -386,6 +432,22 @@ def _narrowed(builder, value, element, stored):
     rounded = builder.lshr(builder.add(builder.add(bits, _constant(bits, 0x7FFF)), odd), _constant(bits, 16))
     kept = builder.select(builder.fcmp_unordered("uno", value, value), _constant(bits, 0x7FC0), rounded)
     return builder.trunc(kept, _shaped(_I16, value))
+
+
+@intrinsic
+def borrowed(typingctx, array):
+    """The same array, whose references Numba does not count: the caller keeps it alive.
+
+    Each slice of a counted array, in each function that it is passed to, is an atomic addition to one counter, for
+    which the threads would wait on one another.
+    """
+
+    def generate(context, builder, signature, args):
+        view = context.make_array(array)(context, builder, args[0])
+        view.meminfo = cgutils.get_null_value(view.meminfo.type)
+        return view._getvalue()
+
+    return array(array), generate
 
 
 @intrinsic

@@ -30,7 +30,7 @@ from kdcore.cpu.rows import (
     usable_teacher,
     write_row,
 )
-from kdcore.cpu.simd import fence, to_real
+from kdcore.cpu.simd import borrowed, fence, to_real
 from kdcore.rowstatus import NO_SUPPORT, OK, STUDENT, TEACHER
 
 __all__ = ["STATE_COLUMNS", "finish_kernel", "merge_kernel", "slice_gradient_kernel", "state_kernel"]
@@ -50,6 +50,8 @@ def _kernels(sources):
     ):  # fmt: skip
         """The states of a slice, whose first class is ``start`` of the vocabulary; of a masked row, the neutral one."""
         _ = sources
+        student, teacher, status = borrowed(student), borrowed(teacher), borrowed(status)
+        work, pads, states, state = borrowed(work), borrowed(pads), borrowed(states), borrowed(state)
         blocks = blocks_in(classes)
         power = h_power(temperature, True)
         row = states[blocks]

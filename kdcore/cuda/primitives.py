@@ -13,7 +13,7 @@ import numpy as np
 from numba import cuda, types
 from numba.core import config
 
-from kdcore.formulas import bound
+from kdcore.formulas import bound, fma
 
 __all__ = ["SIMULATOR", "THREADS", "bind", "cast", "exp2_scaled", "from_real", "raw_bits", "split_rate", "to_real"]
 
@@ -100,9 +100,11 @@ else:
         """A number type's place among the types of what a formula works with; the last are those of constants."""
         return (not isinstance(number, types.Float), number.bitwidth)
 
+    _fma = cuda.jit(device=True)(fma)  # the compiler makes one instruction of it
+
     def bind(formula):
         """A formula as a device function."""
-        return cuda.jit(device=True)(bound(formula, {"where": _where, "log": math.log, "exp": math.exp}))
+        return cuda.jit(device=True)(bound(formula, {"where": _where, "fma": _fma, "log": math.log, "exp": math.exp}))
 
     @cuda.jit(device=True)
     def cast(x, like):

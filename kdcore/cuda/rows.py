@@ -193,7 +193,7 @@ def forward_kl_sums(s, t, m_s, m_t, temperature, teacher_temperature, c, like, s
             e_t = exp2_scaled(d_t, high_t, low_t)
             part_s += exp2_scaled(d_s, high_s, low_s)
             part_t += e_t
-            part_w += _forward_kl_moment(e_t, d_t, d_s, ratio)
+            part_w = _forward_kl_moment(part_w, e_t, d_t, d_s, ratio)
             v += cuda.blockDim.x
         z_s += np.float64(part_s)
         z_t += np.float64(part_t)
