@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 from kdcore._version import __version__
 
 if TYPE_CHECKING:  # the same names as below, for type checkers
+    from kdcore.arguments import (
+        KDOutput as KDOutput,
+    )
     from kdcore.batches import (
         ArrayBatchSource as ArrayBatchSource,
         Batch as Batch,
@@ -53,7 +56,6 @@ if TYPE_CHECKING:  # the same names as below, for type checkers
         save_teacher_logits as save_teacher_logits,
     )
     from kdcore.ops import (
-        KDOutput as KDOutput,
         cross_entropy as cross_entropy,
         kd_logit_gradient as kd_logit_gradient,
         kd_loss as kd_loss,
@@ -115,6 +117,7 @@ if TYPE_CHECKING:  # the same names as below, for type checkers
 _HOME = {
     "kdcore.batches": ("ArrayBatchSource", "Batch", "BatchSource", "ShardBatchSource", "SyntheticBatchSource"),
     "kdcore.callbacks": ("Callback", "RunState"),
+    "kdcore.arguments": ("KDOutput",),
     "kdcore.config": ("DistillConfig",),
     "kdcore.hdf5": ("save_teacher_logits",),
     "kdcore.pipeline": ("Pipeline", "PipelineResult"),
@@ -135,7 +138,6 @@ _HOME = {
         "standardized_kd_loss_and_gradient",
     ),
     "kdcore.ops": (
-        "KDOutput",
         "cross_entropy",
         "kd_logit_gradient",
         "kd_loss",

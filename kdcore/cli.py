@@ -107,7 +107,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _info(options: argparse.Namespace) -> None:
     from kdcore.cuda.presence import available, devices
-    from kdcore.ops import resolve_threads
+    from kdcore.engines import resolve_threads
 
     print(f"kdcore {__version__}, Python {platform.python_version()} on {platform.machine()} {platform.system()}")
     for package in _PACKAGES:

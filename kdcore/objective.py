@@ -1,6 +1,6 @@
 """The scalars of a KD objective, as ops hands them to an engine."""
 
-from collections.abc import Container
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,8 @@ _FLOAT32_TEMPERATURES = (1e-20, 1e20)
 _FLOAT32_RATIO = 4096.0
 
 
-def needs_float64(dtypes: Container[np.dtype], temperature: float, teacher_temperature: float = 1.0) -> bool:
+@lru_cache(maxsize=64)
+def needs_float64(dtypes: tuple[np.dtype, ...], temperature: float, teacher_temperature: float = 1.0) -> bool:
     """Whether rows of these dtypes are worked in float64: where one is float64, and at temperatures far from 1."""
     low, high = _FLOAT32_TEMPERATURES
     return (

@@ -24,31 +24,29 @@ more for the gradients. ``examples/tensor_parallel.py`` has the slices in two MP
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from kdcore import rowstatus
-from kdcore.checks import choice, flag, integer, number_in, positive_number
-from kdcore.errors import DomainError, DTypeError, LabelError, ShapeError
-from kdcore.ops import (
+from kdcore.arguments import (
     KDOutput,
     Reduction,
-    _at,
-    _check_logits,
-    _check_scale,
-    _Engine,
-    _engine,
-    _labels,
-    _logits,
-    _modules,
-    _output,
-    _same_shape,
-    _temperature,
-    _weights,
-    on_device,
+    Scaling,
+    as_labels,
+    as_logits,
+    as_output,
+    as_scaling,
+    as_temperature,
+    as_weights,
+    at,
+    check_logits,
+    check_same_shape,
 )
+from kdcore.checks import flag, integer, number_in
+from kdcore.engines import Engine, host_engine
+from kdcore.errors import DomainError, DTypeError, LabelError, ShapeError
 
 __all__ = ["KDState", "kd_gradient_from_state", "kd_loss_from_state", "kd_state", "merge_states"]
 
@@ -85,7 +83,7 @@ class KDState:
             raise ShapeError(f"values of a state must have shape [..., {_columns()}], got {list(values.shape)}")
         object.__setattr__(self, "values", values)
         for name in ("temperature", "teacher_temperature"):
-            object.__setattr__(self, name, _temperature(getattr(self, name), name))
+            object.__setattr__(self, name, as_temperature(getattr(self, name), name))
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -105,36 +103,31 @@ def _columns() -> int:
 
 
 def _kernels() -> Any:
-    return _modules("cpu")[0].states
+    from kdcore.cpu import states
+
+    return states
 
 
-def _host(arrays: dict[str, Any], threads: int | None) -> _Engine:
-    device = [name for name, obj in arrays.items() if obj is not None and on_device(obj)]
-    if device:
-        raise DomainError(f"states are of host arrays, got {', '.join(device)} on a device")
-    return _engine(arrays, threads, None)
-
-
-def _slices(engine: _Engine, student_logits: Any, teacher_logits: Any, needed: bool = True) -> tuple[Any, Any]:
-    student = _logits(engine, student_logits, "student_logits")
+def _slices(engine: Engine, student_logits: Any, teacher_logits: Any, needed: bool = True) -> tuple[Any, Any]:
+    student = as_logits(engine, student_logits, "student_logits")
     if teacher_logits is None:
         if needed:
             raise DTypeError("teacher_logits are needed unless alpha is 1, got None")
         return student, student
-    teacher = _logits(engine, teacher_logits, "teacher_logits")
-    _same_shape(teacher.shape, "teacher_logits", student.shape, "student_logits")
+    teacher = as_logits(engine, teacher_logits, "teacher_logits")
+    check_same_shape(teacher.shape, "teacher_logits", student.shape, "student_logits")
     return student, teacher
 
 
-def _classes(engine: _Engine, labels: Any, lead: tuple[int, ...], ignore_index: int) -> np.ndarray:
+def _classes(engine: Engine, labels: Any, lead: tuple[int, ...], ignore_index: int) -> np.ndarray:
     """The labels of rows, flat; empty where there are none. How many classes there are, no slice knows."""
     if labels is None:
         return np.empty(0, np.int64)
-    labels = _labels(engine, labels, lead)
+    labels = as_labels(engine, labels, lead)
     bad = (labels < 0) & (labels != ignore_index)
     if bad.any():
         row = int(bad.argmax())
-        where = _at("labels", lead, row)
+        where = at("labels", lead, row)
         raise LabelError(f"{where} is {labels[row]}, neither a class nor ignore_index={ignore_index}")
     return labels
 
@@ -175,9 +168,10 @@ def kd_state(
     >>> kdcore.kd_state(np.zeros(4), np.zeros(4), 2, temperature=1.0).values
     array([0., 4., 4., 0., 0., 0., 4.])
     """
-    engine = _host({"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels}, threads)
-    temperature = _temperature(temperature)
-    other = temperature if teacher_temperature is None else _temperature(teacher_temperature, "teacher_temperature")
+    inputs = {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels}
+    engine = host_engine("kd_state", inputs, threads)
+    temperature = as_temperature(temperature)
+    other = temperature if teacher_temperature is None else as_temperature(teacher_temperature, "teacher_temperature")
     start = integer(start, "start", least=0)
     ignore_index = integer(ignore_index, "ignore_index")
     student, teacher = _slices(engine, student_logits, teacher_logits)
@@ -189,7 +183,7 @@ def kd_state(
     engine.kernels.launch.state_rows(
         student, teacher, labels, start, ignore_index, temperature, other, rows, status, engine.where
     )
-    _check_logits(engine, status, lead, {rowstatus.STUDENT: "student_logits", rowstatus.TEACHER: "teacher_logits"})
+    check_logits(engine, status, lead)
     return KDState(values, temperature, other)
 
 
@@ -222,36 +216,26 @@ def merge_states(a: KDState, b: KDState) -> KDState:
 
 
 def _scales(
-    engine: _Engine, state: KDState, labels: Any, alpha: float, ignore_index: int, weights: Any, reduction: str,
-    denominator: Any,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    engine: Engine, state: KDState, labels: Any, alpha: float, ignore_index: int, weights: Any, scaling: Scaling
+) -> tuple[np.ndarray, np.ndarray]:
     """The labels, and w / denominator of each row, 0 where it is masked."""
     if labels is None and alpha > 0:
         raise LabelError(f"labels are needed unless alpha is 0, got labels=None and alpha={alpha}")
     labels = _classes(engine, labels, state.lead, ignore_index)
-    given = _weights(engine, weights, state.lead) if weights is not None else np.empty(0)
-    rows = int(np.prod(state.lead, dtype=np.int64))
-    reduction = choice(reduction, "reduction", ("mean", "sum", "none"))
-    if denominator is not None:
-        denominator = positive_number(denominator, "denominator")
-        if reduction != "mean":
-            raise DomainError(f'denominator={denominator} goes with reduction="mean", got reduction={reduction!r}')
-    _check_scale(given, rows, denominator if reduction == "mean" else 1.0)
-    scale = given.copy() if given.size else np.ones(rows)
+    given = as_weights(engine, weights, state.lead, scaling.divisor)
+    scale = given.copy() if given.size else np.ones(math.prod(state.lead))
     if labels.size:
         scale[labels == ignore_index] = 0.0
-    total = scale.sum() if reduction == "mean" and denominator is None else denominator or 1.0
+    total = scale.sum() if scaling.divisor is None else scaling.divisor
     return labels, scale / total if total > 0 else scale
 
 
-def _finished(engine: _Engine, state: KDState, scale: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+def _finished(engine: Engine, state: KDState, scale: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
     """ce and kl of rows, without T²; rows without support raise."""
     ce, kl = np.empty((2, scale.size))
     status = np.zeros((scale.size, 2), np.int64)
     _kernels().finish_kernel(_rows(state), scale, alpha > 0, alpha < 1, state.teacher_temperature, ce, kl, status)
-    _check_logits(
-        engine, status, state.lead, {rowstatus.STUDENT: "student_logits", rowstatus.TEACHER: "teacher_logits"}
-    )
+    check_logits(engine, status, state.lead)
     return ce, kl
 
 
@@ -284,10 +268,11 @@ def kd_loss_from_state(
     >>> print(round(float(kdcore.kd_loss_from_state(state, 2, alpha=1.0).loss), 6))  # log 4
     1.386294
     """
-    engine = _host({"labels": labels, "weights": weights}, None)
+    engine = host_engine("kd_loss_from_state", {"labels": labels, "weights": weights}, None)
     alpha = number_in(alpha, "alpha", 0, 1)
     ignore_index = integer(ignore_index, "ignore_index")
-    labels, scale = _scales(engine, state, labels, alpha, ignore_index, weights, reduction, denominator)
+    scaling = as_scaling(reduction, denominator)
+    labels, scale = _scales(engine, state, labels, alpha, ignore_index, weights, scaling)
     ce, kl = _finished(engine, state, scale, alpha)
     with np.errstate(over="ignore"):
         if flag(scale_t2, "scale_t2"):
@@ -344,17 +329,18 @@ def kd_gradient_from_state(
     array([-0.75,  0.25])
     """
     inputs = {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels, "weights": weights}
-    engine = _host({**inputs, "out": out}, threads)
+    engine = host_engine("kd_gradient_from_state", {**inputs, "out": out}, threads)
     alpha = number_in(alpha, "alpha", 0, 1)
     start = integer(start, "start", least=0)
     ignore_index = integer(ignore_index, "ignore_index")
     student, teacher = _slices(engine, student_logits, teacher_logits, needed=alpha < 1)
-    _same_shape(student.shape[:-1], "student_logits without its classes", state.lead, "the state")
-    labels, scale = _scales(engine, state, labels, alpha, ignore_index, weights, reduction, denominator)
+    check_same_shape(student.shape[:-1], "student_logits without its classes", state.lead, "the state")
+    scaling = as_scaling(reduction, denominator)
+    labels, scale = _scales(engine, state, labels, alpha, ignore_index, weights, scaling)
     _finished(engine, state, scale, alpha)  # whether the rows can be used
-    given = {"state": state.values, **{name: obj for name, obj in inputs.items() if obj is not None}}
+    given = {"state": state.values, **inputs}
     shape = tuple(student.shape)
-    gradient = np.empty(shape, student.dtype) if out is None else _output(engine, out, shape, "student_logits", given)
+    gradient = np.empty(shape, student.dtype) if out is None else as_output(engine, out, shape, "student_logits", given)
     kd_scale = state.temperature**2 if flag(scale_t2, "scale_t2") else 1.0
     engine.kernels.launch.slice_gradient_rows(
         student, teacher, labels, start, _rows(state), scale, alpha, state.temperature, state.teacher_temperature,

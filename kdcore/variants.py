@@ -11,92 +11,22 @@ Letters: s and t are logits of student and teacher, p = softmax(t/T), q = softma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from kdcore import rowstatus
-from kdcore.checks import choice, flag, integer, number_in, positive_number, real_number
-from kdcore.divergences import as_divergence
-from kdcore.errors import DeviceMismatchError, DomainError, DTypeError, LabelError, ShapeError
-from kdcore.objective import Objective
-from kdcore.ops import (
-    KDOutput,
-    Reduction,
-    _at,
-    _check_gradients,
-    _check_logits,
-    _check_rows,
-    _check_scale,
-    _Engine,
-    _engine,
-    _labels,
-    _logits,
-    _optional_flag,
-    _output,
-    _row_blocks,
-    _same_shape,
-    _temperature,
-    _weights,
-    on_device,
-)
+from kdcore.arguments import KDCall, KDOutput, Reduction, as_settings, at, check_logits, kd_call
+from kdcore.checks import real_number
+from kdcore.engines import host_engine, on_device
+from kdcore.errors import DeviceMismatchError, DomainError, DTypeError, ShapeError
 
 __all__ = ["dkd_loss_and_gradient", "mixture_kd_loss_and_gradient", "standardized_kd_loss_and_gradient"]
 
 
 # --- what the variants share ---------------------------------------------------------------------------------------
-
-
-class _Call(NamedTuple):
-    """A checked call: the arrays that a launcher takes, and what is made of its rows."""
-
-    engine: _Engine
-    objective: Objective
-    student: np.ndarray
-    teachers: list[np.ndarray]
-    labels: np.ndarray
-    weights: np.ndarray
-    divisor: np.ndarray
-    gradient: np.ndarray
-    results: dict[str, np.ndarray]
-    reduction: str
-    strict: bool | None
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        return self.student.shape[:-1]
-
-    def run(self, launch: Callable[..., None]) -> None:
-        """Call ``launch(part, student, teachers, gradient, arguments)`` for rows [B, V], where ``part`` of all lie."""
-        for part, (s, *ts, g) in _row_blocks(self.engine, self.lead, [self.student, *self.teachers, self.gradient]):
-            rows = {name: values[part] for name, values in self.results.items()}
-            rows |= {"labels": self.labels[part], "weights": self.weights[part], "gradient": g}
-            launch(part, s, ts, rows | {"denominator": self.divisor, "threads": self.engine.where})
-
-    def output(self, check: Callable[[np.ndarray], None], out: Any) -> KDOutput:
-        """Raise for rows that could not be used, unless it is not wanted, and reduce the others."""
-        status = self.results["status"]
-        if self.strict is not False:
-            codes = status[:, 0]
-            if np.isin(codes, (rowstatus.LABEL, rowstatus.WEIGHT)).any():
-                _check_rows(self.engine, status, self.lead, self.student.shape[-1], self.objective.ignore_index)
-            check(status)
-        if self.strict:
-            _check_gradients(self.engine, status, self.lead, self.objective.divergence.name)
-
-        def reduced(name: str) -> Any:
-            values = self.results[name]
-            return values.reshape(self.lead)[()] if self.reduction == "none" else np.add.reduce(values)
-
-        alpha = self.objective.alpha
-        return KDOutput(
-            loss=reduced("loss"),
-            gradient=self.gradient if out is None else out,
-            ce=reduced("ce") if alpha > 0 else None,
-            kl=reduced("kl") if alpha < 1 else None,
-        )
 
 
 def _call(
@@ -117,80 +47,27 @@ def _call(
     validate: Any,
     threads: int | None,
     labels_needed: bool = False,
-) -> _Call:
+) -> KDCall:
     """Check everything but what a variant has alone; ``teachers`` by the names that errors call them."""
     inputs = {"student_logits": student_logits, **teachers, "labels": labels, "weights": weights, "out": out}
-    device = [name for name, obj in inputs.items() if not isinstance(obj, np.ndarray) and on_device(obj)]
-    if device:
-        raise DeviceMismatchError(f"{function} works on host arrays only, but on a device are {', '.join(device)}")
-    engine = _engine(inputs, threads, None)
-
-    temperature = _temperature(temperature)
-    objective = Objective(
-        divergence=as_divergence(divergence),
-        temperature=temperature,
-        teacher_temperature=temperature,
-        alpha=number_in(alpha, "alpha", 0, 1),
-        kd_scale=temperature * temperature if flag(scale_t2, "scale_t2") else 1.0,
-        ignore_index=integer(ignore_index, "ignore_index"),
+    engine = host_engine(function, inputs, threads)
+    settings = as_settings(
+        temperature, alpha, divergence, None, scale_t2, ignore_index, reduction, denominator, validate
     )
-    reduction = choice(reduction, "reduction", ("mean", "sum", "none"))
-    if denominator is not None:
-        denominator = positive_number(denominator, "denominator")
-        if reduction != "mean":
-            raise DomainError(f'denominator={denominator} goes with reduction="mean", got reduction={reduction!r}')
-    strict = _optional_flag(validate, "validate")
-
-    student = _logits(engine, student_logits, "student_logits")
-    lead = student.shape[:-1]
-    rows = math.prod(lead)
-    checked = []
-    for name, obj in teachers.items():
-        if obj is None:
-            if objective.alpha < 1:
-                raise DTypeError(f"{name} are needed unless alpha is 1, got None and alpha={objective.alpha}")
-            continue
-        checked.append(_logits(engine, obj, name))
-        _same_shape(checked[-1].shape, name, student.shape, "student_logits")
-    if labels is not None:
-        labels = _labels(engine, labels, lead)
-    elif labels_needed:
-        raise LabelError("labels are needed whatever alpha: they are the target classes; got labels=None")
-    elif objective.alpha > 0:
-        raise LabelError(f"labels are needed unless alpha is 0, got labels=None and alpha={objective.alpha}")
-    else:
-        labels = np.empty(0, np.int64)
-    weights = _weights(engine, weights, lead) if weights is not None else np.empty(0)
-
-    if out is None:
-        gradient = np.empty(student.shape, student.dtype)
-    else:
-        given = {name: obj for name, obj in inputs.items() if name != "out" and obj is not None}
-        gradient = _output(engine, out, student.shape, "student_logits", given)
-
-    if strict is not False:
-        _check_scale(weights, rows, denominator if reduction == "mean" else 1.0)
-    divisor = np.full(1, 1.0 if denominator is None else denominator)
-    if reduction == "mean" and denominator is None:
-        engine.kernels.weight_sum(labels, weights, objective.ignore_index, rows, divisor, engine.where)
-    results = {name: np.empty(rows) for name in ("loss", "ce", "kl")} | {"status": np.zeros((rows, 2), np.int64)}
-    return _Call(engine, objective, student, checked, labels, weights, divisor, gradient, results, reduction, strict)
+    return kd_call(engine, settings, student_logits, teachers, labels, weights, out, labels_needed=labels_needed)
 
 
-def _without_divergence(call: _Call, part: slice, s: Any, ts: list[Any], arguments: dict[str, Any]) -> None:
+def _without_divergence(call: KDCall) -> KDOutput:
     """alpha = 1: the cross-entropy alone, in which there is no teacher."""
-    call.engine.kernels.kd_rows(s, s, objective=call.objective, **arguments)
+    for _, s, _, arguments in call.parts():
+        call.engine.kernels.kd_rows(s, s, *arguments)
+    return call.output()
 
 
 def _kernels() -> ModuleType:
     from kdcore.cpu import variants
 
     return variants
-
-
-def _check_pair(call: _Call) -> Callable[[np.ndarray], None]:
-    names = {rowstatus.STUDENT: "student_logits", rowstatus.TEACHER: "teacher_logits"}
-    return lambda status: _check_logits(call.engine, status, call.lead, names)
 
 
 # --- decoupled -----------------------------------------------------------------------------------------------------
@@ -304,14 +181,11 @@ def dkd_loss_and_gradient(
     if not math.isfinite(target * call.objective.kd_scale) or not math.isfinite(nontarget * call.objective.kd_scale):
         raise DomainError(f"target_weight={target} or nontarget_weight={nontarget} times T² overflows")
 
-    def launch(part: slice, s: Any, ts: list[Any], arguments: dict[str, Any]) -> None:
-        if call.objective.alpha == 1:
-            _without_divergence(call, part, s, ts, arguments)
-        else:
-            _kernels().dkd_rows(s, ts[0], objective=call.objective, target=target, nontarget=nontarget, **arguments)
-
-    call.run(launch)
-    return call.output(_check_pair(call), out)
+    if call.objective.alpha == 1:
+        return _without_divergence(call)
+    for _, s, (t,), arguments in call.parts():
+        _kernels().dkd_rows(s, t, *arguments, target, nontarget)
+    return call.output()
 
 
 # --- mixtures of teachers ------------------------------------------------------------------------------------------
@@ -337,7 +211,7 @@ def _teachers(teachers: Any) -> dict[str, Any]:
     return {f"teachers[{k}]": teacher for k, teacher in enumerate(several)}
 
 
-def _shares(teacher_weights: Any, call: _Call) -> np.ndarray:
+def _shares(teacher_weights: Any, call: KDCall) -> np.ndarray:
     """The weights of teachers [rows, K], which add up to 1 in every row that is read."""
     lead, rows, count = call.lead, math.prod(call.lead), len(call.teachers)
     if teacher_weights is None:
@@ -364,14 +238,14 @@ def _shares(teacher_weights: Any, call: _Call) -> np.ndarray:
     if bad.any():
         row, k = (int(i) for i in np.argwhere(bad)[0])
         raise DomainError(
-            f"{_at('teacher_weights', names, row, k)} is {wide[row, k]}, not a finite number of at least 0"
+            f"{at('teacher_weights', names, row, k)} is {wide[row, k]}, not a finite number of at least 0"
         )
     with np.errstate(all="ignore"):  # of rows that are not read
         total = wide.sum(axis=1)
         off = read & ~(np.abs(total - 1) <= _SUM_TOLERANCE)
         if off.any():
             row = int(off.argmax())
-            where = _at("teacher_weights", names, row)
+            where = at("teacher_weights", names, row)
             raise DomainError(f"{where} must add up to 1 within {_SUM_TOLERANCE}, but its sum is {total[row]}")
         wide /= total[:, None]
     return np.broadcast_to(wide, (rows, count))
@@ -469,14 +343,10 @@ def mixture_kd_loss_and_gradient(
                 f"teachers must be of one dtype, got {call.teachers[0].dtype} and, in teachers[{k}], {teacher.dtype}"
             )
     if call.objective.alpha == 1:
-        call.run(lambda *rows: _without_divergence(call, *rows))
-        return call.output(_check_pair(call), out)
+        return _without_divergence(call)
 
     shares = _shares(teacher_weights, call)
     culprits = np.zeros((math.prod(call.lead), 3), np.int64)
-
-    def launch(part: slice, s: Any, ts: list[Any], arguments: dict[str, Any]) -> None:
-        _kernels().mixture_rows(s, ts, shares[part], objective=call.objective, culprits=culprits[part], **arguments)
 
     def check(status: np.ndarray) -> None:
         """The first bad row's error: the teacher's own status, and which it is, instead of the mixture's."""
@@ -486,10 +356,11 @@ def mixture_kd_loss_and_gradient(
         if bad.any():
             k = int(culprits[int(bad.argmax()), 2])
             names = {rowstatus.STUDENT: "student_logits", rowstatus.TEACHER: f"teachers[{k}]"}
-            _check_logits(call.engine, status, call.lead, names)
+            check_logits(call.engine, status, call.lead, names)
 
-    call.run(launch)
-    return call.output(check, out)
+    for part, s, ts, arguments in call.parts():
+        _kernels().mixture_rows(s, ts, *arguments, shares[part], culprits[part])
+    return call.output(check)
 
 
 # --- standardised logits -------------------------------------------------------------------------------------------
@@ -582,11 +453,8 @@ def standardized_kd_loss_and_gradient(
         threads=threads,
     )
 
-    def launch(part: slice, s: Any, ts: list[Any], arguments: dict[str, Any]) -> None:
-        if call.objective.alpha == 1:
-            _without_divergence(call, part, s, ts, arguments)
-        else:
-            _kernels().standardized_rows(s, ts[0], objective=call.objective, **arguments)
+    if call.objective.alpha == 1:
+        return _without_divergence(call)
 
     def check(status: np.ndarray) -> None:
         names = {rowstatus.STUDENT: "student_logits", rowstatus.TEACHER: "teacher_logits"}
@@ -596,9 +464,10 @@ def standardized_kd_loss_and_gradient(
         row = int(bad.argmax())
         code = int(status[row, 0])
         if code % 10 == _kernels().NO_SPREAD:
-            where = _at(names[code // 10 * 10], call.lead, row)
+            where = at(names[code // 10 * 10], call.lead, row)
             raise DomainError(f"{where} has no deviation to divide by: its finite logits are all the same")
-        _check_logits(call.engine, status, call.lead, names)
+        check_logits(call.engine, status, call.lead, names)
 
-    call.run(launch)
-    return call.output(check, out)
+    for _, s, (t,), arguments in call.parts():
+        _kernels().standardized_rows(s, t, *arguments)
+    return call.output(check)

@@ -593,7 +593,7 @@ def test_device_arrays():
         function(**arguments)
         for name in arguments:  # each is named, alone
             if name not in ("state", "temperature", "alpha"):
-                message = rf"^states are of host arrays, got {name} on a device"
-                expect(kdcore.DomainError, message, function, **{**arguments, name: OnDevice()})
+                message = rf"^{function.__name__} works on host arrays only, but on a device are {name}$"
+                expect(kdcore.DeviceMismatchError, message, function, **{**arguments, name: OnDevice()})
     with pytest.raises(kdcore.DTypeError):
         kdcore.KDState(OnDevice(), 2.0, 2.0)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcore import ops
+from kdcore.arguments import KDOutput
 from kdcore.bench import limit, peers, textbook
 from kdcore.divergences import NAMES as DIVERGENCES
 
@@ -248,13 +249,13 @@ def _kd_contender(
         student = out = _as(data.student, data.student.dtype)
         restore = partial(np.copyto, student, data.student)
 
-    def call(reduction: Any = "mean") -> ops.KDOutput:
+    def call(reduction: Any = "mean") -> KDOutput:
         return ops.kd_loss_and_gradient(
             student, data.teacher, data.labels, temperature, alpha, divergence=divergence, reduction=reduction,
             out=out, threads=threads,
         )  # fmt: skip
 
-    def verify(result: ops.KDOutput) -> float:
+    def verify(result: KDOutput) -> float:
         rows = _some_rows(data)
         expected = _textbook(data, temperature, alpha, divergence)
         dtype = data.student.dtype

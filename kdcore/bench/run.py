@@ -16,8 +16,8 @@ from tqdm import tqdm
 from kdcore._version import __version__
 from kdcore.bench import PARTS, cases, measure, report
 from kdcore.bench.peers import version_of
+from kdcore.engines import resolve_threads
 from kdcore.errors import ConfigError
-from kdcore.ops import resolve_threads
 
 __all__ = ["run_bench"]
 

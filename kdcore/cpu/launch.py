@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 
 import numpy as np
-from numba import njit, vectorize
+from numba import vectorize
 
 from kdcore import formulas
 from kdcore.cpu import kernels, states
-from kdcore.cpu.pool import run_blocks
+from kdcore.cpu.pool import in_one_thread, run_blocks
 from kdcore.cpu.primitives import raw_bits
 from kdcore.cpu.rows import BLOCK, COLUMNS, WORK_ROWS
 from kdcore.objective import needs_float64
@@ -40,7 +40,7 @@ _compiled: set[tuple[object, ...]] = set()
 def _readable(array):
     """A view as read-only, so that no kernel is compiled once more for read-only arrays."""
     view = array.view()
-    view.flags.writeable = False
+    view.setflags(write=False)
     return view
 
 
@@ -112,16 +112,22 @@ def _scratch(width, wide):
     return _kept.of[wide]
 
 
-def _launch(invoke, phases, arrays, shape, wide, threads):
+def _launch(key, invoke, phases, arrays, shape, wide, threads):
     """Work all rows with ``invoke(arrays, part, scratch, pads, phases, lo, hi, first, last)``.
 
-    ``part`` says of which of the rows the arrays are, if not of all: then they are copies.
+    ``part`` says of which of the rows the arrays are, if not of all: then they are copies. ``key``: what the kernel is
+    specialised for, beside the types of the arrays.
     """
     rows, width = shape
     if rows == 0:
         return
     blocks = -(-width // BLOCK)
-    direct = all(array.flat is not None for array in arrays)
+    direct = all([array.flat is not None for array in arrays])
+    shared = direct and rows < threads and blocks >= _LONG
+    serial = not shared and in_one_thread(rows, width, threads)
+    if direct and serial:  # first, and with nothing made that it does not need: a small call has no time for it
+        invoke(arrays, None, *_scratch(width, wide), kernels.ALL_PHASES, 0, rows, 0, blocks)
+        return
 
     def work_rows(lo, hi):
         scratch, pads = _scratch(width, wide)
@@ -137,7 +143,11 @@ def _launch(invoke, phases, arrays, shape, wide, threads):
                 if array.writable:
                     array.array[start:stop] = copy.array
 
-    if not direct or threads == 1 or rows >= threads or blocks < _LONG:
+    if serial:
+        work_rows(0, rows)
+        return
+    _compile_once(key, invoke, arrays, wide)
+    if not shared:
         run_blocks(work_rows, rows, width, threads)
         return
     for i in range(rows):
@@ -176,8 +186,7 @@ def _softmax_launch(kernel, logits, temperature, out, status, threads):
         )  # fmt: skip
 
     arrays = [_Rows(logits)] if per_row else [_Rows(logits), _Rows(out, writable=True)]
-    _compile_once((kernel, out.dtype), invoke, arrays, wide)
-    _launch(invoke, kernels.SOFTMAX_PHASES, arrays, logits.shape, wide, threads)
+    _launch((kernel, out.dtype), invoke, kernels.SOFTMAX_PHASES, arrays, logits.shape, wide, threads)
 
 
 def softmax_rows(logits, temperature, out, status, threads):
@@ -235,8 +244,7 @@ def _kd_launch(
         )  # fmt: skip
 
     arrays = [_Rows(student), _Rows(teacher)] + ([_Rows(gradient, writable=True)] if with_gradient else [])
-    _compile_once((kernel, gradient.dtype), invoke, arrays, wide)
-    _launch(invoke, kernels.KD_PHASES, arrays, student.shape, wide, threads)
+    _launch((kernel, gradient.dtype), invoke, kernels.KD_PHASES, arrays, student.shape, wide, threads)
 
 
 def _flat_rows(array, writable=False):
@@ -283,23 +291,18 @@ def slice_gradient_rows(
         gradient[...] = g.array.reshape(gradient.shape)
 
 
-@njit(cache=True)
-def _weight_sum(labels, weights, ignore_index, rows):
-    total = 0.0
-    for i in range(rows):
-        if not labels.size or labels[i] != ignore_index:
-            total += weights[i] if weights.size else 1.0
-    return total
-
-
 def weight_sum(labels, weights, ignore_index, rows, out, threads):
     """out[0] = sum of the weights of the rows that are not masked."""
-    out[0] = _weight_sum(labels, weights, ignore_index, rows)
+    read = labels != ignore_index
+    if weights.size:
+        out[0] = np.add.reduce(weights[read] if labels.size else weights)
+    else:
+        out[0] = np.count_nonzero(read) if labels.size else rows
 
 
 def reduce_rows(rows, out, threads):
     """out [K] = sums of ``rows`` [K, B]."""
-    np.add.reduce(rows, axis=1, out=out)
+    np.add.reduce(rows, 1, None, out)
 
 
 _ACTIVATIONS = {name: vectorize(cache=True)(formula) for name, formula in formulas.ACTIVATIONS.items()}

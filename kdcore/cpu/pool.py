@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from threading import Lock
 
-__all__ = ["default_threads", "run_blocks"]
+__all__ = ["in_one_thread", "run_blocks"]
 
 #: Up to this many elements the hand-over to other threads costs more than they save.
 _SERIAL_ELEMENTS = 1 << 17
@@ -21,12 +20,6 @@ _BLOCKS_PER_THREAD = 4
 
 _lock = Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}
-
-
-@cache
-def default_threads() -> int:
-    """The number of CPUs that this process may use, at the first call: asking takes longer than a small kernel."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _after_fork() -> None:
@@ -47,13 +40,18 @@ def _pool(threads: int) -> ThreadPoolExecutor:
         return _pools[threads]
 
 
+def in_one_thread(rows: int, width: int, threads: int) -> bool:
+    """Whether :func:`run_blocks` leaves all rows to the caller's thread."""
+    return threads == 1 or rows == 1 or rows * width <= _SERIAL_ELEMENTS
+
+
 def run_blocks(task: Callable[[int, int], None], rows: int, width: int, threads: int) -> None:
     """Call ``task(lo, hi)`` for consecutive blocks that cover ``range(rows)``; rows of ``width`` elements.
 
     The caller's thread takes part. ``task`` must already be compiled: a kernel first called from a pool thread while
     the caller's module is still being imported waits for the import lock, which the caller holds.
     """
-    if threads == 1 or rows == 1 or rows * width <= _SERIAL_ELEMENTS:
+    if in_one_thread(rows, width, threads):
         task(0, rows)
         return
     step = -(-rows // (threads * _BLOCKS_PER_THREAD))

@@ -345,20 +345,20 @@ def shift_of(m, top, temperature):
 
 
 @inner
-def top_of(states, blocks, column):
+def top_of(maxima):
     """The largest of the maxima of blocks."""
     top = -math.inf
-    for b in range(blocks):
-        top = max(top, states[b, column])
+    for m in maxima:
+        top = max(top, m)
     return top
 
 
 @inner
-def merged_sum(states, blocks, column, top, sums, temperature):
+def merged_sum(sums, maxima, top, temperature):
     """The sum over a row from the sums of its blocks, in their order; NaN where one is."""
     total = 0.0
-    for b in range(blocks):
-        total += shift_of(states[b, column], top, temperature) * states[b, sums]
+    for b in range(sums.size):
+        total += shift_of(maxima[b], top, temperature) * sums[b]
     return total
 
 
@@ -377,9 +377,9 @@ def softmax_states(x, temperature, keep, work, pads, states, first, last):
 @inner
 def merge_softmax(states, blocks, temperature):
     """The row's maximum and sum into states[blocks]. Returns whether the row can be used."""
-    row = states[blocks]
-    row[M_S] = top_of(states, blocks, M_S)
-    row[Z_S] = merged_sum(states, blocks, M_S, row[M_S], Z_S, temperature)
+    row, of_blocks = states[blocks], states[:blocks].T
+    row[M_S] = top_of(of_blocks[M_S])
+    row[Z_S] = merged_sum(of_blocks[Z_S], of_blocks[M_S], row[M_S], temperature)
     return row[M_S] > -math.inf and row[Z_S] > 0.0  # not NaN
 
 
@@ -443,14 +443,14 @@ def block_states(s, t, b, hard, soft, power, temperature, teacher_temperature, f
 @inner
 def merge_states(states, blocks, hard, soft, temperature, teacher_temperature):
     """The maxima and sums of the row into states[blocks], from those of its blocks in their order; D is still w."""
-    row = states[blocks]
-    row[M_S] = top_of(states, blocks, M_S)
+    row, of_blocks = states[blocks], states[:blocks].T
+    row[M_S] = top_of(of_blocks[M_S])
     if hard:
-        row[Z_H] = merged_sum(states, blocks, M_S, row[M_S], Z_H, 1.0)
+        row[Z_H] = merged_sum(of_blocks[Z_H], of_blocks[M_S], row[M_S], 1.0)
     if soft:
-        row[Z_S] = merged_sum(states, blocks, M_S, row[M_S], Z_S, temperature)
-        row[M_T] = top_of(states, blocks, M_T)
-        row[Z_T] = merged_sum(states, blocks, M_T, row[M_T], Z_T, teacher_temperature)
+        row[Z_S] = merged_sum(of_blocks[Z_S], of_blocks[M_S], row[M_S], temperature)
+        row[M_T] = top_of(of_blocks[M_T])
+        row[Z_T] = merged_sum(of_blocks[Z_T], of_blocks[M_T], row[M_T], teacher_temperature)
         row[D] = 0.0
         for b in range(blocks):
             row[D] += moment_at(states[b], row[M_S], row[M_T], temperature, teacher_temperature)

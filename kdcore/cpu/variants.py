@@ -228,8 +228,8 @@ _dkd = _dkd_kernel(_SOURCES)
 
 
 def dkd_rows(
-    student, teacher, labels, weights, denominator, objective, target, nontarget, gradient, loss, ce, kl, status,
-    threads,
+    student, teacher, labels, weights, denominator, objective, gradient, loss, ce, kl, status, threads,
+    target, nontarget,
 ):  # fmt: skip
     """Decoupled KD: row losses [B] scaled by weight / denominator, and their gradient [B, V]; alpha < 1."""
     labels, weights = _readable(labels), _readable(weights)
@@ -290,8 +290,8 @@ _mix = _mixture_kernel(_SOURCES)
 
 
 def mixture_rows(
-    student, teachers, shares, labels, weights, denominator, objective, gradient, loss, ce, kl, status, culprits,
-    threads,
+    student, teachers, labels, weights, denominator, objective, gradient, loss, ce, kl, status, threads,
+    shares, culprits,
 ):  # fmt: skip
     """KD from the mixture of teachers in the shares [B, K], which are 0 or positive: as :func:`kd_rows`.
 

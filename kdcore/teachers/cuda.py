@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcore import ops
+from kdcore import engines
 from kdcore.checks import integer
 from kdcore.errors import (
     DeviceMismatchError,
@@ -70,7 +70,7 @@ class CudaTeacher:
         activation: str | None = None,
         stream: Any = None,
     ) -> None:
-        ops.require_cuda()
+        engines.require_cuda()
         self._mlp: MLPTeacher | None = None
         if isinstance(source, str | os.PathLike):
             self._mlp = MLPTeacher(source, vocab_size, activation=activation, device="cuda", stream=stream)
@@ -139,7 +139,7 @@ class CudaTeacher:
         result = self._forward(rows)
         if result is None:
             raise EmptyForwardError(f"the forward returned None for {len(rows)} rows")
-        if not ops.on_device(result):
+        if not engines.on_device(result):
             raise DeviceMismatchError(
                 f"the forward must return an array on a CUDA device, got {type(result).__name__} on the host"
             )
@@ -166,7 +166,7 @@ class CudaTeacher:
 
 def _on_host(array: Any) -> NDArray[np.float32]:
     """A device array as float32 on the host."""
-    values = ops.to_host(array)
+    values = engines.to_host(array)
     with np.errstate(over="ignore"):
         narrowed: NDArray[np.float32] = values.astype(np.float32)
     lost = np.isinf(narrowed) & np.isfinite(values)

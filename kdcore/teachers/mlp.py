@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcore import formulas, ops
+from kdcore import engines, formulas, ops
 from kdcore.checks import choice, file_path
 from kdcore.errors import (
     CheckpointError,
@@ -147,7 +147,7 @@ class MLPTeacher:
         if device == "cpu" and stream is not None:
             raise DomainError(f"stream={stream!r} is for device='cuda'")
         if device == "cuda":
-            ops.require_cuda()
+            engines.require_cuda()
         self.path = path = file_path(path, "path")
         self.device = device
         self._stream = stream
@@ -161,7 +161,7 @@ class MLPTeacher:
             )
         self._layers: list[tuple[Any, Any]] = layers
         if device == "cuda":
-            self._layers = [(ops.to_device(w, stream), ops.to_device(b, stream)) for w, b in layers]
+            self._layers = [(engines.to_device(w, stream), engines.to_device(b, stream)) for w, b in layers]
 
     @property
     def vocab_size(self) -> int:
@@ -223,7 +223,7 @@ class MLPTeacher:
 
     def _outputs(self, x: NDArray[np.float32]) -> Any:
         """The forward of x [B, in], where it runs."""
-        hidden: Any = x if self.device == "cpu" else ops.to_device(x, self._stream)
+        hidden: Any = x if self.device == "cpu" else engines.to_device(x, self._stream)
         for i, (weight, bias) in enumerate(self._layers):
             last = i == len(self._layers) - 1
             activation = self.activation if not last and self.activation is not None else "identity"
@@ -231,7 +231,7 @@ class MLPTeacher:
         return hidden
 
     def _forward(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        outputs: NDArray[np.float32] = ops.to_host(self._outputs(x))
+        outputs: NDArray[np.float32] = engines.to_host(self._outputs(x))
         return outputs
 
 

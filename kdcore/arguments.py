@@ -1,0 +1,486 @@
+"""The arguments that operations share: what they must be, in which sentence an error says so, and what follows from
+them. Letters: B rows (any leading shape), V classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, lru_cache
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from kdcore import rowstatus
+from kdcore.checks import choice, flag, integer, number_in, positive_number
+from kdcore.divergences import as_divergence
+from kdcore.engines import Engine
+from kdcore.errors import (
+    AliasError,
+    DomainError,
+    DTypeError,
+    KdcoreError,
+    LabelError,
+    NonFiniteError,
+    ShapeError,
+    UndefinedGradientError,
+)
+from kdcore.objective import Objective
+
+__all__ = [
+    "KDCall",
+    "KDOutput",
+    "Reduction",
+    "Scaling",
+    "Settings",
+    "as_labels",
+    "as_logits",
+    "as_output",
+    "as_scaling",
+    "as_settings",
+    "as_temperature",
+    "as_validate",
+    "as_weights",
+    "at",
+    "check_gradients",
+    "check_logits",
+    "check_same_shape",
+    "kd_call",
+    "row_blocks",
+]
+
+Reduction = Literal["mean", "sum", "none"]
+
+_LOGIT_DTYPES = ("float32", "float64", "float16", "bfloat16")
+#: Outside, T² or 1/T is no longer a normal float64.
+_TEMPERATURE_RANGE = (1e-150, 1e150)
+_PAIR = {rowstatus.STUDENT: "student_logits", rowstatus.TEACHER: "teacher_logits"}
+
+
+class KDOutput(NamedTuple):
+    """What :func:`kdcore.kd_loss_and_gradient` returns; loss = alpha ce + (1 - alpha) kl.
+
+    ``ce`` and ``kl`` are reduced as ``loss`` is, without alpha. ``kl`` is the chosen divergence with its T². A part
+    that the objective does not have is None: ``ce`` at alpha = 0, ``kl`` at alpha = 1.
+    """
+
+    loss: Any
+    gradient: Any
+    ce: Any
+    kl: Any
+
+
+# --- scalars -------------------------------------------------------------------------------------------------------
+
+
+def as_temperature(value: Any, name: str = "temperature") -> float:
+    low, high = _TEMPERATURE_RANGE
+    number = positive_number(value, name)
+    if not low <= number <= high:
+        raise DomainError(f"{name} must be between {low} and {high}, got {value!r}")
+    return number
+
+
+def as_validate(value: Any) -> bool | None:
+    return None if value is None else flag(value, "validate")
+
+
+class Scaling(NamedTuple):
+    """What rows are reduced to, and what the sum of their weights is replaced by, if anything."""
+
+    reduction: str
+    denominator: float | None
+
+    @property
+    def divisor(self) -> float | None:
+        """What a row is divided by; None: the sum of all weights."""
+        return self.denominator if self.reduction == "mean" else 1.0
+
+
+def as_scaling(reduction: Any, denominator: Any) -> Scaling:
+    reduction = choice(reduction, "reduction", ("mean", "sum", "none"))
+    if denominator is not None:
+        denominator = positive_number(denominator, "denominator")
+        if reduction != "mean":
+            raise DomainError(f'denominator={denominator} goes with reduction="mean", got reduction={reduction!r}')
+    return Scaling(reduction, denominator)
+
+
+class Settings(NamedTuple):
+    """The scalar arguments of a KD operation."""
+
+    objective: Objective
+    scaling: Scaling
+    validate: bool | None
+
+
+def _checked_settings(
+    temperature: Any, alpha: Any, divergence: Any, teacher_temperature: Any, scale_t2: Any, ignore_index: Any,
+    reduction: Any, denominator: Any, validate: Any,
+) -> Settings:  # fmt: skip
+    temperature = as_temperature(temperature)
+    if teacher_temperature is not None:
+        teacher_temperature = as_temperature(teacher_temperature, "teacher_temperature")
+    objective = Objective(
+        divergence=as_divergence(divergence),
+        temperature=temperature,
+        teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
+        alpha=number_in(alpha, "alpha", 0, 1),
+        kd_scale=temperature * temperature if flag(scale_t2, "scale_t2") else 1.0,
+        ignore_index=integer(ignore_index, "ignore_index"),
+    )
+    return Settings(objective, as_scaling(reduction, denominator), as_validate(validate))
+
+
+# Checking the scalars takes longer than a small kernel, and most calls have those of the call before. Typed, since
+# 1 == 1.0 == True. An error is not remembered.
+_known_settings = lru_cache(maxsize=64, typed=True)(_checked_settings)
+
+
+def as_settings(*arguments: Any) -> Settings:
+    """The scalar arguments of a KD operation, in the order of :func:`_checked_settings`."""
+    try:
+        hash(arguments)
+    except TypeError:
+        return _checked_settings(*arguments)  # which says what is wrong with the one that has no hash
+    return _known_settings(*arguments)
+
+
+# --- arrays --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _name(dtype: np.dtype) -> str:
+    """dtype.name, which NumPy puts together anew each time, for longer than a small kernel takes."""
+    return dtype.name
+
+
+def _array(engine: Engine, obj: Any, name: str) -> Any:
+    try:
+        return engine.memory.as_array(obj)
+    except KdcoreError as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def as_logits(engine: Engine, obj: Any, name: str) -> Any:
+    array = _array(engine, obj, name)
+    if _name(array.dtype) not in _LOGIT_DTYPES:
+        raise DTypeError(f"{name} must be {', '.join(_LOGIT_DTYPES)}, got dtype {array.dtype}")
+    if array.ndim == 0:
+        raise ShapeError(f"{name} must have the classes as its last dimension, got a 0-d array")
+    if tuple(array.shape)[-1] == 0:
+        raise ShapeError(f"{name} must have at least one class, got shape {tuple(array.shape)}")
+    return array
+
+
+def check_same_shape(shape: tuple[int, ...], name: str, expected: tuple[int, ...], reason: str) -> None:
+    if tuple(shape) != tuple(expected):
+        raise ShapeError(f"{name} must have shape {tuple(expected)} like {reason}, got {tuple(shape)}")
+
+
+def as_labels(engine: Engine, obj: Any, lead: tuple[int, ...]) -> Any:
+    array = _array(engine, obj, "labels")
+    if array.dtype.kind not in "iu" and not (array.size == 0 and array.dtype == np.float64):  # np.asarray([])
+        raise DTypeError(f"labels must be integers, got dtype {array.dtype}")
+    check_same_shape(array.shape, "labels", lead, "student_logits without its classes")
+    if engine.on_host:
+        if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+            raise LabelError(f"labels must be below 2**63, got {array.max()}")
+        if array.dtype != np.int64 or not array.flags.c_contiguous:
+            array = np.ascontiguousarray(array, np.int64)  # one layout, one compiled kernel
+    return array.reshape(-1)
+
+
+def _check_label_range(labels: np.ndarray, lead: tuple[int, ...], classes: int, ignore_index: int) -> None:
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+    if bad.any():
+        row = int(bad.argmax())
+        raise _label_error(lead, row, int(labels[row]), classes, ignore_index)
+
+
+def _label_error(lead: tuple[int, ...], row: int, label: int, classes: int, ignore_index: int) -> LabelError:
+    where = at("labels", lead, row)
+    return LabelError(f"{where} is {label}, neither a class in [0, {classes}) nor ignore_index={ignore_index}")
+
+
+def as_weights(engine: Engine, obj: Any, lead: tuple[int, ...], divisor: float | None, check: bool = True) -> Any:
+    """Weights, of which on the host sums and, if ``check``, quotients by the divisor are finite. None: none."""
+    if obj is None:
+        _check_scale(engine, 1.0, divisor, check)
+        return engine.nothing(np.float64)
+    array = _array(engine, obj, "weights")
+    if array.dtype.kind not in "fiu" or not (engine.on_host or array.dtype.name in ("float32", "float64")):
+        raise DTypeError(f"weights must be real numbers, got dtype {array.dtype}")
+    check_same_shape(array.shape, "weights", lead, "student_logits without its classes")
+    if not engine.on_host:
+        return array.reshape(-1)
+    array = np.ascontiguousarray(array, np.float64).reshape(-1)
+    bad = ~((array >= 0) & (array < math.inf))
+    if bad.any():
+        row = int(bad.argmax())
+        raise DomainError(f"{at('weights', lead, row)} is {array[row]}, not a finite number of at least 0")
+    largest = float(array.max(initial=0.0))
+    if check:
+        with np.errstate(over="ignore"):
+            total = float(array.sum())
+        if not math.isfinite(total):
+            raise DomainError(f"weights must have a finite sum, but they add up to {total} (the largest is {largest})")
+    _check_scale(engine, largest, divisor, check)
+    return array
+
+
+def _check_scale(engine: Engine, largest: float, divisor: float | None, check: bool) -> None:
+    if check and engine.on_host and divisor is not None and not math.isfinite(largest / divisor):
+        raise DomainError(f"denominator={divisor} is so small that a weight of {largest} over it overflows")
+
+
+def as_output(engine: Engine, out: Any, shape: tuple[int, ...], itself: str | None, inputs: dict[str, Any]) -> Any:
+    """``out``, checked: its shape and dtype, writable, and either the input ``itself`` or disjoint from every input."""
+    if isinstance(out, list | tuple) or np.isscalar(out):
+        raise DTypeError(f"out must be an array, got {type(out).__name__}")
+    array = _array(engine, out, "out")
+    if _name(array.dtype) not in _LOGIT_DTYPES:
+        raise DTypeError(f"out must be {', '.join(_LOGIT_DTYPES)}, got dtype {array.dtype}")
+    check_same_shape(array.shape, "out", shape, "the result")
+    if not engine.memory.is_writable(out):
+        raise AliasError("out must be writable, got a read-only array")
+    if _overlaps_itself(array):
+        raise AliasError(f"out overlaps itself: shape {tuple(array.shape)}, strides {tuple(array.strides)}")
+    for name, obj in inputs.items():
+        if obj is None:
+            continue
+        other = _array(engine, obj, name)
+        if name == itself and engine.memory.same(array, other):
+            continue
+        if engine.memory.overlaps(array, other):
+            raise AliasError(f"out overlaps {name}: it must be the logits themselves or share no element with an input")
+    return array
+
+
+def _overlaps_itself(array: Any) -> bool:
+    """Whether two elements may share bytes: some stride does not step over all that smaller strides reach."""
+    reach = array.dtype.itemsize
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(array.strides, array.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach += stride * (n - 1)
+    return False
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+
+def at(name: str, lead: tuple[int, ...], row: int, column: int | None = None) -> str:
+    """How an error calls a row, or an element of it."""
+    index = [*map(int, np.unravel_index(row, lead))] if lead else []
+    if column is not None:
+        index.append(column)
+    return f"{name}[{', '.join(map(str, index))}]" if index else name
+
+
+def _mergeable(array: Any) -> bool:
+    """Whether all dimensions but the last can be one, without a copy."""
+    if isinstance(array, np.ndarray) and array.flags.c_contiguous:
+        return True
+    dims = [(n, stride) for n, stride in zip(tuple(array.shape)[:-1], tuple(array.strides)[:-1], strict=True) if n != 1]
+    return 0 in tuple(array.shape) or all(
+        outer_stride == inner_n * inner_stride for (_, outer_stride), (inner_n, inner_stride) in pairwise(dims)
+    )
+
+
+#: All rows.
+ALL = slice(None)
+
+
+def row_blocks(engine: Engine, lead: tuple[int, ...], arrays: list[Any]) -> list[tuple[slice, list[Any]]]:
+    """The arrays [lead, V] as views [rows, V], and which of the flattened rows they are.
+
+    One block, unless some array's leading dimensions cannot be merged without a copy (a transposed batch).
+    """
+    if all([_mergeable(array) for array in arrays]):
+        return [(ALL, [engine.memory.as_rows(array) for array in arrays])]
+    inner = math.prod(lead[1:])
+    return [
+        (slice(i * inner + (rows.start or 0), i * inner + (inner if rows.stop is None else rows.stop)), views)
+        for i in range(lead[0])
+        for rows, views in row_blocks(engine, lead[1:], [array[i] for array in arrays])
+    ]
+
+
+def check_logits(engine: Engine, status: Any, lead: tuple[int, ...], names: dict[int, str] = _PAIR) -> None:
+    """Raise for the first row of logits that a kernel could not use."""
+    codes = engine.memory.to_host(status)
+    if not np.count_nonzero(codes):  # rowstatus.OK is 0
+        return
+    unusable = np.isin(codes[:, 0] // 10 * 10, list(names)) & (codes[:, 0] != rowstatus.OK)
+    if not unusable.any():
+        return
+    row = int(unusable.argmax())
+    code, column = int(codes[row, 0]), int(codes[row, 1])
+    name, condition = names[code // 10 * 10], code % 10
+    if condition == rowstatus.NO_SUPPORT:
+        raise NonFiniteError(f"{at(name, lead, row)} is -inf in every class: a row needs at least one finite logit")
+    value = "nan" if condition == rowstatus.NAN else "+inf"
+    raise NonFiniteError(f"{at(name, lead, row, column)} is {value}: logits must be finite or -inf")
+
+
+def check_gradients(engine: Engine, status: Any, lead: tuple[int, ...], divergence: str) -> None:
+    """Raise for the first row whose divergence is +inf, where that leaves no gradient."""
+    undefined = engine.memory.to_host(status)[:, 0] == rowstatus.UNDEFINED_GRADIENT
+    if undefined.any():
+        where = at("student_logits", lead, int(undefined.argmax()))
+        raise UndefinedGradientError(
+            f"{divergence} is +inf at {where}, where the student has classes that the teacher rules out: no gradient"
+        )
+
+
+# --- a KD operation ------------------------------------------------------------------------------------------------
+
+
+class KDCall(NamedTuple):
+    """A checked call of a KD operation: what an engine takes, and what is made of its rows."""
+
+    engine: Engine
+    objective: Objective
+    reduction: str
+    #: Whether rows that cannot be used raise; ``strict``: also those whose gradient is not defined.
+    check: bool
+    strict: bool
+    student: Any
+    #: Without teachers at alpha = 1.
+    teachers: list[Any]
+    labels: Any
+    weights: Any
+    divisor: Any
+    #: None: none wanted.
+    gradient: Any
+    out: Any
+    #: loss, ce and kl of rows, [3, B], and [B, 2] of :mod:`kdcore.rowstatus`.
+    results: Any
+    status: Any
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        return tuple(self.student.shape)[:-1]
+
+    @property
+    def rows(self) -> int:
+        return self.results.shape[1]
+
+    def parts(self) -> Iterator[tuple[slice, Any, list[Any], tuple[Any, ...]]]:
+        """Rows [B, V] of the student and of the teachers, and the arguments that follow them in an engine's functions.
+
+        All rows at once, or some of them, as the slice says.
+        """
+        arrays = [self.student, *self.teachers]
+        wanted = self.gradient is not None
+        nothing = None if wanted else self.engine.empty((0, self.student.shape[-1]), self.student.dtype)
+        if wanted:
+            arrays.append(self.gradient)
+        for part, (s, *ts) in row_blocks(self.engine, self.lead, arrays):
+            gradient = ts.pop() if wanted else nothing
+            of_rows = self.labels, self.weights, self.results[0], self.results[1], self.results[2], self.status
+            if part is not ALL:
+                of_rows = tuple([array[part] for array in of_rows])
+            yield part, s, ts, (*of_rows[:2], self.divisor, self.objective, gradient, *of_rows[2:], self.engine.where)
+
+    def output(self, check_rows: Callable[[np.ndarray], None] | None = None) -> KDOutput:
+        """Raise for rows that could not be used, if it is wanted, and reduce the others.
+
+        ``check_rows(status)``: for what an operation has to say of rows of logits instead of :func:`check_logits`.
+        """
+        engine, alpha = self.engine, self.objective.alpha
+        if self.check:
+            self._raise_for_rows(check_rows)
+        if self.strict and self.gradient is not None:
+            check_gradients(engine, self.status, self.lead, self.objective.divergence.name)
+        if self.reduction == "none":
+            values = [self.results[k].reshape(self.lead) for k in range(3)]
+            if engine.on_host and not self.lead:
+                values = [value[()] for value in values]
+        else:
+            totals = engine.empty((3,), np.float64)
+            engine.kernels.reduce_rows(self.results, totals, engine.where)
+            values = [engine.memory.element(totals, k) for k in range(3)]
+        gradient = self.gradient if self.out is None else self.out
+        return KDOutput(values[0], gradient, values[1] if alpha > 0 else None, values[2] if alpha < 1 else None)
+
+    def _raise_for_rows(self, check_rows: Callable[[np.ndarray], None] | None) -> None:
+        status = self.engine.memory.to_host(self.status)
+        if not np.count_nonzero(status):  # rowstatus.OK is 0
+            return
+        codes, details = status.T
+        if (codes == rowstatus.LABEL).any():
+            row = int((codes == rowstatus.LABEL).argmax())
+            classes = tuple(self.student.shape)[-1]
+            raise _label_error(self.lead, row, int(details[row]), classes, self.objective.ignore_index)
+        if (codes == rowstatus.WEIGHT).any():
+            row = int((codes == rowstatus.WEIGHT).argmax())
+            raise DomainError(f"{at('weights', self.lead, row)} is not a finite number of at least 0")
+        if check_rows is not None:
+            check_rows(status)
+        else:
+            check_logits(self.engine, self.status, self.lead)
+
+
+def kd_call(
+    engine: Engine,
+    settings: Settings,
+    student_logits: Any,
+    teachers: Mapping[str, Any],
+    labels: Any,
+    weights: Any,
+    out: Any,
+    *,
+    with_gradient: bool = True,
+    labels_needed: bool = False,
+) -> KDCall:
+    """Check the arrays of a KD operation against one another, and make what it needs.
+
+    The teachers come by the names that errors call them.
+    """
+    objective, scaling, validate = settings
+    alpha, ignore_index = objective.alpha, objective.ignore_index
+    check = engine.on_host if validate is None else validate
+
+    student = as_logits(engine, student_logits, "student_logits")
+    shape = tuple(student.shape)  # the simulator's shapes know no negative index
+    lead = shape[:-1]
+    rows = math.prod(lead)
+    checked = []
+    for name, obj in teachers.items():
+        if obj is not None:
+            checked.append(as_logits(engine, obj, name))
+            check_same_shape(checked[-1].shape, name, shape, "student_logits")
+        elif alpha < 1:
+            raise DTypeError(f"{name} are needed unless alpha is 1, got None and alpha={alpha}")
+    given = {"student_logits": student_logits, **teachers, "labels": labels, "weights": weights}
+    if labels is not None:
+        labels = as_labels(engine, labels, lead)
+    elif labels_needed:
+        raise LabelError("labels are needed whatever alpha: they are the target classes; got labels=None")
+    elif alpha > 0:
+        raise LabelError(f"labels are needed unless alpha is 0, got labels=None and alpha={alpha}")
+    else:
+        labels = engine.nothing(np.int64)
+    weights = as_weights(engine, weights, lead, scaling.divisor, check)
+
+    gradient = None
+    if with_gradient and out is None:
+        gradient = engine.empty(shape, student.dtype)
+    elif with_gradient:
+        gradient = as_output(engine, out, shape, "student_logits", given)
+        if check and engine.on_host:
+            _check_label_range(labels, lead, shape[-1], ignore_index)  # before anything is written
+    if scaling.divisor is None:
+        divisor = engine.empty((1,), np.float64)
+        engine.kernels.weight_sum(labels, weights, ignore_index, rows, divisor, engine.where)
+    else:
+        divisor = engine.full((1,), np.float64, scaling.divisor)
+    results = engine.empty((3, rows), np.float64)
+    status = engine.full((rows if check or engine.on_host else 0, 2), np.int64, 0)
+    return KDCall(
+        engine, objective, scaling.reduction, check, validate is True, student, checked, labels, weights, divisor,
+        gradient, out, results, status,
+    )  # fmt: skip
