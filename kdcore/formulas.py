@@ -2,9 +2,9 @@
 
 The functions are plain Python that uses ``math`` alone. Each engine compiles them with its own compiler, so a formula
 that changes here changes everywhere. A formula may call no other one, because a compiled function cannot call one that
-is not; it may call :func:`where`, :func:`fma`, :func:`log` and :func:`exp`, for which :func:`bound` puts an engine's
-own. It has no branches but ``where``, so that a vector of numbers can take the place of a number. Exponentials of
-logits come in as arguments.
+is not; it may call :func:`where`, :func:`fma`, :func:`log`, :func:`exp` and :func:`expm1`, for which :func:`bound`
+puts an engine's own. It has no branches but ``where``, so that a vector of numbers can take the place of a number.
+Exponentials of logits come in as arguments.
 
 Notation, for one row of V classes:
 
@@ -31,6 +31,7 @@ __all__ = [
     "bound",
     "cross_entropy",
     "exp",
+    "expm1",
     "fma",
     "forward_kl_from_sums",
     "forward_kl_moment",
@@ -93,8 +94,13 @@ def exp(x):
     return math.exp(x)
 
 
+def expm1(x):
+    """exp(x) - 1 for |x| <= 1/2, without cancellation."""
+    return math.expm1(x)
+
+
 def bound(formula, functions):
-    """A copy of a formula that finds ``functions`` (a dict by name) where it says where, fma, log or exp."""
+    """A copy of a formula that finds ``functions`` (a dict by name) where it says where, fma, log, exp or expm1."""
     names = {**formula.__globals__, **functions}
     return type(formula)(formula.__code__, names, formula.__name__, formula.__defaults__, formula.__closure__)
 
@@ -279,33 +285,24 @@ def alpha_term(p, q, r, c):
     """Amari's divergence: (p^c q^(1 - c) - c p - (1 - c) q) / (c (c - 1)).
 
     With y = log q - log p and g = (p^c q^(1 - c) - q) / c this is (p - q - g) / (1 - c), without a small divisor for
-    c <= 1/2; beyond, p and q change places. Near agreement g = -y q (v - 1) / log v, v = exp(-c y): the rounding of v
-    is in v - 1 as in log v and so falls out (Kahan), and c is not divided by.
+    c <= 1/2; beyond, p and q change places. Near agreement g = q (exp(-c y) - 1) / c, without cancellation.
     """
     high = c > 0.5
     k, y = where(high, 1.0 - c, c), where(high, 0.0 - r, r)
     a, b = where(high, p, q), where(high, q, p)
-    close = (k * y) * (k * y) < 0.25
-    v = exp(where(close, -k * y, where(y > 0.0, -k * y, (1.0 - k) * y)))
-    w = where(v == 1.0, 0.5, v)
-    g = where(
-        close,
-        a * where(close, 0.0 - y, 0.0) * where(v == 1.0, 1.0, (w - 1.0) / log(w)),
-        (where(y > 0.0, a, b) * v - a) / k,
-    )
-    return ((b - a) - g) / (1.0 - k)
+    z = (0.0 - k) * y
+    close = z * z < 0.25
+    apart = where(y > 0.0, a, b) * exp(where(y > 0.0, z, (1.0 - k) * y)) - a
+    g = where(close, a * expm1(where(close, z, 0.0)), apart) * (1.0 / k)
+    return ((b - a) - g) * (1.0 / (1.0 - k))
 
 
 def alpha_slope(p, q, r, c):
     """q phi' of Amari's divergence: (q - p^c q^(1 - c)) / c, near agreement as in its term."""
-    close = (c * r) * (c * r) < 0.25
-    v = exp(where(close, -c * r, where(r > 0.0, -c * r, (1.0 - c) * r)))
-    w = where(v == 1.0, 0.5, v)
-    return where(
-        close,
-        q * where(close, r, 0.0) * where(v == 1.0, 1.0, (w - 1.0) / log(w)),
-        (q - where(r > 0.0, q, p) * v) / c,
-    )
+    z = (0.0 - c) * r
+    close = z * z < 0.25
+    apart = q - where(r > 0.0, q, p) * exp(where(r > 0.0, z, (1.0 - c) * r))
+    return where(close, (0.0 - q) * expm1(where(close, z, 0.0)), apart) * (1.0 / c)
 
 
 # --- activations ---------------------------------------------------------------------------------------------------

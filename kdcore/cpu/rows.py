@@ -51,6 +51,7 @@ __all__ = [
     "log_softmax_row",
     "logsumexp_row",
     "max_block",
+    "measured_block",
     "padded",
     "row_scratch",
     "softmax_row",
@@ -143,36 +144,49 @@ def _store_part(vector, count, out, start):
 
 @inner
 def _copy_block(x, start, count, buffer):
+    """x[start : start + count] in ``buffer``, filled up with -inf to whole vectors, and its maximum."""
     like = buffer[0]
     lanes = lanes_of(like)
     whole = count // lanes * lanes
+    top = full(-math.inf, like)
     for v in range(0, whole, lanes):
-        store(buffer, v, load(x, start + v, like))
+        y = load(x, start + v, like)
+        store(buffer, v, y)
+        top = maximum(y, top)
     if whole < count:
-        store(buffer, whole, _load_part(x, start + whole, count - whole, like))
-    return buffer[: padded(count, like)]
+        y = _load_part(x, start + whole, count - whole, like)
+        store(buffer, whole, y)
+        top = maximum(y, top)
+    return buffer[: padded(count, like)], max_lanes(top)
 
 
-def block_of(x, b, buffer):
-    """Block ``b`` of a row in whole vectors of the type of ``buffer`` [BLOCK]: a view, or a copy in it that -inf fills.
+def measured_block(x, b, buffer):
+    """Block ``b`` of a row in whole vectors of the type of ``buffer`` [BLOCK], and its maximum.
 
-    For compiled code only.
+    The block is a view of the row, or a copy in the buffer that -inf fills up. NaN do not count in the maximum: they
+    show in the sums. For compiled code only.
     """
-    raise TypeError("block_of is for compiled code")
+    raise TypeError("measured_block is for compiled code")
 
 
-@overload(block_of)
-def _block_of(x, b, buffer):
-    if x.dtype != buffer.dtype:
+@overload(measured_block)
+def _measured_block(x, b, buffer):
+    if x.dtype != buffer.dtype:  # which has to be converted: once, and measured on the way
         return lambda x, b, buffer: _copy_block(x, b * BLOCK, min(BLOCK, x.size - b * BLOCK), buffer)
 
     def view(x, b, buffer):
         start, count = b * BLOCK, min(BLOCK, x.size - b * BLOCK)
         if count % lanes_of(buffer[0]) == 0:
-            return x[start : start + count]
+            return x[start : start + count], max_block(x[start : start + count])
         return _copy_block(x, start, count, buffer)
 
     return view
+
+
+@inner
+def block_of(x, b, buffer):
+    """Block ``b`` of a row, as :func:`measured_block` has it."""
+    return measured_block(x, b, buffer)[0]
 
 
 # --- a block -------------------------------------------------------------------------------------------------------
@@ -180,7 +194,7 @@ def _block_of(x, b, buffer):
 
 @inner
 def max_block(x):
-    """The maximum of a block, whose NaN do not count: they show in its sums."""
+    """The maximum of a block, whose NaN do not count."""
     lanes = lanes_of(x[0])
     first = full(-math.inf, x[0])
     second = first
@@ -366,9 +380,8 @@ def merged_sum(sums, maxima, top, temperature):
 def softmax_states(x, temperature, keep, work, pads, states, first, last):
     """Maxima and sums of the blocks [first, last); ``keep``: their exponentials stay in work[E_S]."""
     for b in range(first, last):
-        y = block_of(x, b, pads[PAD_S])
+        y, states[b, M_S] = measured_block(x, b, pads[PAD_S])
         start = b * BLOCK if keep else 0
-        states[b, M_S] = max_block(y)
         states[b, Z_S] = exp_block(
             y, origin(states[b, M_S]), _rate(temperature), work[E_S, start : start + y.size], x, (b + 1) * BLOCK
         )
@@ -418,13 +431,11 @@ def h_power(temperature, soft):
 def block_states(s, t, b, hard, soft, power, temperature, teacher_temperature, fused, work, pads, state):
     """The maxima and sums of block ``b``; its exponentials go into ``work``."""
     start, ahead = b * BLOCK, (b + 1) * BLOCK
-    x = block_of(s, b, pads[PAD_S])
-    m_s = max_block(x)
+    x, m_s = measured_block(s, b, pads[PAD_S])
     o_s = origin(m_s)
     state[M_S] = m_s
     if soft:
-        y = block_of(t, b, pads[PAD_T])
-        m_t = max_block(y)
+        y, m_t = measured_block(t, b, pads[PAD_T])
         o_t = origin(m_t)
         e_s, e_t = work[E_S, start : start + x.size], work[E_T, start : start + x.size]
         state[M_T] = m_t

@@ -36,7 +36,7 @@ if SIMULATOR:
     def bind(formula):
         """A formula as a device function."""
         # math.log and math.exp raise errors where a device gives an infinity or NaN.
-        function = bound(formula, {"log": np.log, "exp": np.exp})
+        function = bound(formula, {"log": np.log, "exp": np.exp, "expm1": np.expm1})
 
         @functools.wraps(formula)
         def device_function(*arguments):
@@ -104,7 +104,8 @@ else:
 
     def bind(formula):
         """A formula as a device function."""
-        return cuda.jit(device=True)(bound(formula, {"where": _where, "fma": _fma, "log": math.log, "exp": math.exp}))
+        functions = {"where": _where, "fma": _fma, "log": math.log, "exp": math.exp, "expm1": math.expm1}
+        return cuda.jit(device=True)(bound(formula, functions))
 
     @cuda.jit(device=True)
     def cast(x, like):
