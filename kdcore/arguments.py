@@ -375,7 +375,7 @@ class KDCall(NamedTuple):
         """
         arrays = [self.student, *self.teachers]
         wanted = self.gradient is not None
-        nothing = None if wanted else self.engine.empty((0, self.student.shape[-1]), self.student.dtype)
+        nothing = None if wanted else self.engine.empty((0, tuple(self.student.shape)[-1]), self.student.dtype)
         if wanted:
             arrays.append(self.gradient)
         for part, (s, *ts) in row_blocks(self.engine, self.lead, arrays):

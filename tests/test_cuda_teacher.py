@@ -32,9 +32,9 @@ def test_without_a_device_there_is_no_teacher():
 
 
 def put(array):
-    from kdcore import ops
+    from kdcore import engines
 
-    return ops.to_device(array)
+    return engines.to_device(array)
 
 
 def table(rows, dtype=np.float32):

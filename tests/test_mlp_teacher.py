@@ -112,13 +112,13 @@ def test_features_per_position(tmp_path, device):
 @pytest.mark.gpu
 @needs_cuda
 def test_device_logits(tmp_path):
-    from kdcore import ops
+    from kdcore import engines
 
     save_mlp(tmp_path / "mlp", layers_of(3, 4))
     teacher = MLPTeacher(tmp_path / "mlp", device="cuda")
     logits = teacher.device_logits_for_batch([[1.0, 2.0, 3.0]])
     assert not isinstance(logits, np.ndarray)
-    np.testing.assert_array_equal(ops.to_host(logits), teacher.logits_for_batch([[1.0, 2.0, 3.0]]))
+    np.testing.assert_array_equal(engines.to_host(logits), teacher.logits_for_batch([[1.0, 2.0, 3.0]]))
 
 
 def test_a_cpu_teacher_has_no_device_logits(tmp_path):
