@@ -115,9 +115,9 @@ if TYPE_CHECKING:  # the same names as below, for type checkers
     )
 
 _HOME = {
+    "kdcore.arguments": ("KDOutput",),
     "kdcore.batches": ("ArrayBatchSource", "Batch", "BatchSource", "ShardBatchSource", "SyntheticBatchSource"),
     "kdcore.callbacks": ("Callback", "RunState"),
-    "kdcore.arguments": ("KDOutput",),
     "kdcore.config": ("DistillConfig",),
     "kdcore.hdf5": ("save_teacher_logits",),
     "kdcore.pipeline": ("Pipeline", "PipelineResult"),

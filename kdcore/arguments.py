@@ -29,6 +29,8 @@ from kdcore.errors import (
 from kdcore.objective import Objective
 
 __all__ = [
+    "ALL",
+    "PAIR",
     "KDCall",
     "KDOutput",
     "Reduction",
@@ -55,7 +57,8 @@ Reduction = Literal["mean", "sum", "none"]
 _LOGIT_DTYPES = ("float32", "float64", "float16", "bfloat16")
 #: Outside, T² or 1/T is no longer a normal float64.
 _TEMPERATURE_RANGE = (1e-150, 1e150)
-_PAIR = {rowstatus.STUDENT: "student_logits", rowstatus.TEACHER: "teacher_logits"}
+#: The logits that rows of :mod:`kdcore.rowstatus` may be of, in an operation with one teacher.
+PAIR = {rowstatus.STUDENT: "student_logits", rowstatus.TEACHER: "teacher_logits"}
 
 
 class KDOutput(NamedTuple):
@@ -94,7 +97,7 @@ class Scaling(NamedTuple):
 
     @property
     def divisor(self) -> float | None:
-        """What a row is divided by; None: the sum of all weights."""
+        """What a row is divided by; None: the sum of the weights of the rows that are not masked."""
         return self.denominator if self.reduction == "mean" else 1.0
 
 
@@ -115,7 +118,8 @@ class Settings(NamedTuple):
     validate: bool | None
 
 
-def _checked_settings(
+@lru_cache(maxsize=64, typed=True)
+def _settings(
     temperature: Any, alpha: Any, divergence: Any, teacher_temperature: Any, scale_t2: Any, ignore_index: Any,
     reduction: Any, denominator: Any, validate: Any,
 ) -> Settings:  # fmt: skip
@@ -133,18 +137,23 @@ def _checked_settings(
     return Settings(objective, as_scaling(reduction, denominator), as_validate(validate))
 
 
-# Checking the scalars takes longer than a small kernel, and most calls have those of the call before. Typed, since
-# 1 == 1.0 == True. An error is not remembered.
-_known_settings = lru_cache(maxsize=64, typed=True)(_checked_settings)
+def as_settings(
+    *, temperature: Any, alpha: Any, divergence: Any, teacher_temperature: Any, scale_t2: Any, ignore_index: Any,
+    reduction: Any, denominator: Any, validate: Any,
+) -> Settings:  # fmt: skip
+    """The scalar arguments of a KD operation, checked.
 
-
-def as_settings(*arguments: Any) -> Settings:
-    """The scalar arguments of a KD operation, in the order of :func:`_checked_settings`."""
+    The check takes longer than a small kernel, and most calls have the values of the call before: so it is remembered,
+    by value and type, since 1 == 1.0 == True. An error is not.
+    """
+    values = (
+        temperature, alpha, divergence, teacher_temperature, scale_t2, ignore_index, reduction, denominator, validate,
+    )  # fmt: skip
     try:
-        hash(arguments)
+        hash(values)
     except TypeError:
-        return _checked_settings(*arguments)  # which says what is wrong with the one that has no hash
-    return _known_settings(*arguments)
+        return _settings.__wrapped__(*values)  # which says what is wrong with the one that has no hash
+    return _settings(*values)
 
 
 # --- arrays --------------------------------------------------------------------------------------------------------
@@ -192,8 +201,14 @@ def as_labels(engine: Engine, obj: Any, lead: tuple[int, ...]) -> Any:
     return array.reshape(-1)
 
 
-def _check_label_range(labels: np.ndarray, lead: tuple[int, ...], classes: int, ignore_index: int) -> None:
+def _check_label_range(
+    labels: np.ndarray, weights: np.ndarray, lead: tuple[int, ...], classes: int, ignore_index: int
+) -> None:
+    if not labels.size or (labels.min() >= 0 and labels.max() < classes):
+        return
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+    if weights.size:
+        bad &= weights != 0
     if bad.any():
         row = int(bad.argmax())
         raise _label_error(lead, row, int(labels[row]), classes, ignore_index)
@@ -205,7 +220,7 @@ def _label_error(lead: tuple[int, ...], row: int, label: int, classes: int, igno
 
 
 def as_weights(engine: Engine, obj: Any, lead: tuple[int, ...], divisor: float | None, check: bool = True) -> Any:
-    """Weights, of which on the host sums and, if ``check``, quotients by the divisor are finite. None: none."""
+    """Weights, on the host each finite, and if ``check`` their sum and quotients by the divisor too. None: none."""
     if obj is None:
         _check_scale(engine, 1.0, divisor, check)
         return engine.nothing(np.float64)
@@ -308,7 +323,7 @@ def row_blocks(engine: Engine, lead: tuple[int, ...], arrays: list[Any]) -> list
     ]
 
 
-def check_logits(engine: Engine, status: Any, lead: tuple[int, ...], names: dict[int, str] = _PAIR) -> None:
+def check_logits(engine: Engine, status: Any, lead: tuple[int, ...], names: dict[int, str] = PAIR) -> None:
     """Raise for the first row of logits that a kernel could not use."""
     codes = engine.memory.to_host(status)
     if not np.count_nonzero(codes):  # rowstatus.OK is 0
@@ -363,10 +378,6 @@ class KDCall(NamedTuple):
     @property
     def lead(self) -> tuple[int, ...]:
         return tuple(self.student.shape)[:-1]
-
-    @property
-    def rows(self) -> int:
-        return self.results.shape[1]
 
     def parts(self) -> Iterator[tuple[slice, Any, list[Any], tuple[Any, ...]]]:
         """Rows [B, V] of the student and of the teachers, and the arguments that follow them in an engine's functions.
@@ -472,7 +483,7 @@ def kd_call(
     elif with_gradient:
         gradient = as_output(engine, out, shape, "student_logits", given)
         if check and engine.on_host:
-            _check_label_range(labels, lead, shape[-1], ignore_index)  # before anything is written
+            _check_label_range(labels, weights, lead, shape[-1], ignore_index)  # before anything is written
     if scaling.divisor is None:
         divisor = engine.empty((1,), np.float64)
         engine.kernels.weight_sum(labels, weights, ignore_index, rows, divisor, engine.where)

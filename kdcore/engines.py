@@ -43,10 +43,9 @@ def _nothing(dtype: type) -> np.ndarray:
 class Engine:
     """An engine's functions, its memory, and the value of its last parameter (threads or stream)."""
 
-    __slots__ = ("kernels", "memory", "name", "on_host", "where")
+    __slots__ = ("kernels", "memory", "on_host", "where")
 
     def __init__(self, name: str, where: Any) -> None:
-        self.name = name
         self.kernels, self.memory = _modules(name)
         self.where = where
         #: Whether its arrays are NumPy's, whose values can be looked at without waiting.

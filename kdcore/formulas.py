@@ -2,7 +2,7 @@
 
 The functions are plain Python that uses ``math`` alone. Each engine compiles them with its own compiler, so a formula
 that changes here changes everywhere. A formula may call no other one, because a compiled function cannot call one that
-is not; it may call :func:`where`, :func:`fma`, :func:`log`, :func:`exp` and :func:`expm1`, for which :func:`bound`
+is not; it may call :func:`where`, :func:`fma`, :func:`log`, :func:`exp` and :func:`exprel`, for which :func:`bound`
 puts an engine's own. It has no branches but ``where``, so that a vector of numbers can take the place of a number.
 Exponentials of logits come in as arguments.
 
@@ -31,7 +31,7 @@ __all__ = [
     "bound",
     "cross_entropy",
     "exp",
-    "expm1",
+    "exprel",
     "fma",
     "forward_kl_from_sums",
     "forward_kl_moment",
@@ -94,13 +94,13 @@ def exp(x):
     return math.exp(x)
 
 
-def expm1(x):
-    """exp(x) - 1 for |x| <= 1/2, without cancellation."""
-    return math.expm1(x)
+def exprel(x):
+    """(exp(x) - 1) / x for |x| <= 1/2, 1 at 0, without cancellation."""
+    return math.expm1(x) / x if x else 1.0
 
 
 def bound(formula, functions):
-    """A copy of a formula that finds ``functions`` (a dict by name) where it says where, fma, log, exp or expm1."""
+    """A copy of a formula that finds ``functions`` (a dict by name) where it says where, fma, log, exp or exprel."""
     names = {**formula.__globals__, **functions}
     return type(formula)(formula.__code__, names, formula.__name__, formula.__defaults__, formula.__closure__)
 
@@ -285,24 +285,26 @@ def alpha_term(p, q, r, c):
     """Amari's divergence: (p^c q^(1 - c) - c p - (1 - c) q) / (c (c - 1)).
 
     With y = log q - log p and g = (p^c q^(1 - c) - q) / c this is (p - q - g) / (1 - c), without a small divisor for
-    c <= 1/2; beyond, p and q change places. Near agreement g = q (exp(-c y) - 1) / c, without cancellation.
+    c <= 1/2; beyond, p and q change places. Near agreement g = -y q (exp(-c y) - 1) / (-c y): nothing cancels, and c is
+    not divided by.
     """
     high = c > 0.5
     k, y = where(high, 1.0 - c, c), where(high, 0.0 - r, r)
     a, b = where(high, p, q), where(high, q, p)
     z = (0.0 - k) * y
     close = z * z < 0.25
+    near = a * where(close, 0.0 - y, 0.0) * exprel(where(close, z, 0.0))
     apart = where(y > 0.0, a, b) * exp(where(y > 0.0, z, (1.0 - k) * y)) - a
-    g = where(close, a * expm1(where(close, z, 0.0)), apart) * (1.0 / k)
-    return ((b - a) - g) * (1.0 / (1.0 - k))
+    return ((b - a) - where(close, near, apart * (1.0 / k))) * (1.0 / (1.0 - k))
 
 
 def alpha_slope(p, q, r, c):
     """q phi' of Amari's divergence: (q - p^c q^(1 - c)) / c, near agreement as in its term."""
     z = (0.0 - c) * r
     close = z * z < 0.25
+    near = q * where(close, r, 0.0) * exprel(where(close, z, 0.0))
     apart = q - where(r > 0.0, q, p) * exp(where(r > 0.0, z, (1.0 - c) * r))
-    return where(close, (0.0 - q) * expm1(where(close, z, 0.0)), apart) * (1.0 / c)
+    return where(close, near, apart * (1.0 / c))
 
 
 # --- activations ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The scalars of a KD objective, as ops hands them to an engine."""
+"""The scalars of a KD objective, as an operation hands them to an engine."""
 
 from functools import lru_cache
 from typing import NamedTuple

@@ -1,7 +1,8 @@
-"""The operations of kdcore: validation, allocation, dispatch to an engine.
+"""The operations of kdcore. A call is checked (:mod:`kdcore.arguments`), its arrays say on which engine it runs
+(:mod:`kdcore.engines`), and what that returns is handed back.
 
-This is the one place that asks where an array lives. NumPy in, NumPy out, on the CPU engine; device arrays in,
-device arrays out, on the CUDA engine. Letters: B rows (any leading shape), V classes.
+NumPy in, NumPy out, on the CPU engine; device arrays in, device arrays out, on the CUDA engine. Letters: B rows (any
+leading shape), V classes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from kdcore.arguments import (
     row_blocks,
 )
 from kdcore.checks import choice
+from kdcore.divergences import Divergence
 from kdcore.engines import engine_of
 from kdcore.errors import DTypeError, LabelError
 from kdcore.formulas import ACTIVATIONS
@@ -190,8 +192,9 @@ def _kd(
     }
     engine = engine_of(inputs, threads, stream)
     settings = as_settings(
-        temperature, alpha, divergence, teacher_temperature, scale_t2, ignore_index, reduction, denominator, validate
-    )
+        temperature=temperature, alpha=alpha, divergence=divergence, teacher_temperature=teacher_temperature,
+        scale_t2=scale_t2, ignore_index=ignore_index, reduction=reduction, denominator=denominator, validate=validate,
+    )  # fmt: skip
     teachers = {"teacher_logits": teacher_logits}
     call = kd_call(engine, settings, student_logits, teachers, labels, weights, out, with_gradient=with_gradient)
     for _, s, ts, arguments in call.parts():
@@ -206,7 +209,7 @@ def kd_loss_and_gradient(
     temperature: float,
     alpha: float,
     *,
-    divergence: str = "forward_kl",
+    divergence: str | Divergence = "forward_kl",
     teacher_temperature: float | None = None,
     scale_t2: bool = True,
     ignore_index: int = -100,
@@ -240,9 +243,10 @@ def kd_loss_and_gradient(
         T, positive and finite (from 1e-150 to 1e150, so that T² is a normal number). CE is always taken at T = 1.
     alpha : float
         Weight of the cross-entropy, in [0, 1]. At 1 the teacher is not read (and may be None); at 0 labels only mask.
-    divergence : {"forward_kl", "reverse_kl"}
-        D: KL(p || q), or KL(q || p). A row whose reverse KL is +inf (the teacher rules out a class that the student
-        allows) has no gradient: it is NaN, and an error under ``validate=True``.
+    divergence : str or Divergence
+        D: "forward_kl" is KL(p || q); or "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha", one
+        of :mod:`kdcore.divergences` with a parameter, or your own. A row whose reverse KL is +inf (the teacher rules
+        out a class that the student allows) has no gradient: it is NaN, and an error under ``validate=True``.
     teacher_temperature : float, optional
         Temperature of the teacher alone; by default T.
     scale_t2 : bool
@@ -315,7 +319,7 @@ def kd_loss(
     temperature: float,
     alpha: float,
     *,
-    divergence: str = "forward_kl",
+    divergence: str | Divergence = "forward_kl",
     teacher_temperature: float | None = None,
     scale_t2: bool = True,
     ignore_index: int = -100,
@@ -362,7 +366,7 @@ def kd_logit_gradient(
     temperature: float,
     alpha: float,
     *,
-    divergence: str = "forward_kl",
+    divergence: str | Divergence = "forward_kl",
     teacher_temperature: float | None = None,
     scale_t2: bool = True,
     ignore_index: int = -100,
@@ -408,7 +412,7 @@ def kl_divergence(
     teacher_logits: Any,
     temperature: float = 1.0,
     *,
-    divergence: str = "forward_kl",
+    divergence: str | Divergence = "forward_kl",
     reduction: Reduction = "mean",
     validate: bool | None = None,
     threads: int | None = None,

@@ -1,4 +1,4 @@
-"""What a kernel reports about a row that it cannot use; ``ops`` turns it into an error.
+"""What a kernel reports about a row that it cannot use; ``arguments`` turns it into an error.
 
 A status is two integers: a code, and the class (or label) that it is about. The codes are shared by both engines.
 """

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from kdcore import rowstatus
-from kdcore.arguments import KDCall, KDOutput, Reduction, as_settings, at, check_logits, kd_call
+from kdcore.arguments import PAIR, KDCall, KDOutput, Reduction, as_settings, at, check_logits, kd_call
 from kdcore.checks import real_number
 from kdcore.engines import host_engine, on_device
 from kdcore.errors import DeviceMismatchError, DomainError, DTypeError, ShapeError
@@ -52,8 +52,9 @@ def _call(
     inputs = {"student_logits": student_logits, **teachers, "labels": labels, "weights": weights, "out": out}
     engine = host_engine(function, inputs, threads)
     settings = as_settings(
-        temperature, alpha, divergence, None, scale_t2, ignore_index, reduction, denominator, validate
-    )
+        temperature=temperature, alpha=alpha, divergence=divergence, teacher_temperature=None, scale_t2=scale_t2,
+        ignore_index=ignore_index, reduction=reduction, denominator=denominator, validate=validate,
+    )  # fmt: skip
     return kd_call(engine, settings, student_logits, teachers, labels, weights, out, labels_needed=labels_needed)
 
 
@@ -457,16 +458,15 @@ def standardized_kd_loss_and_gradient(
         return _without_divergence(call)
 
     def check(status: np.ndarray) -> None:
-        names = {rowstatus.STUDENT: "student_logits", rowstatus.TEACHER: "teacher_logits"}
-        bad = np.isin(status[:, 0] // 10 * 10, list(names))
+        bad = np.isin(status[:, 0] // 10 * 10, list(PAIR))
         if not bad.any():
             return
         row = int(bad.argmax())
         code = int(status[row, 0])
         if code % 10 == _kernels().NO_SPREAD:
-            where = at(names[code // 10 * 10], call.lead, row)
+            where = at(PAIR[code // 10 * 10], call.lead, row)
             raise DomainError(f"{where} has no deviation to divide by: its finite logits are all the same")
-        check_logits(call.engine, status, call.lead, names)
+        check_logits(call.engine, status, call.lead)
 
     for _, s, (t,), arguments in call.parts():
         _kernels().standardized_rows(s, t, *arguments)

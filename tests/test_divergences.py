@@ -320,6 +320,20 @@ def test_limits_of_the_parameters(dtype):
         assert errors[2] < (0.1 if dtype == F32 else 1e-4)
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("tiny", [1e-30, 1e-38, 1e-310, 5e-324])
+def test_alpha_with_a_parameter_that_is_nothing(dtype, tiny):
+    student, teacher = pair((dtype, dtype), 4, 33, scale=1.5)
+    arguments, options = (student, teacher, None, 2.0, 0.0), {"temperature": 2.0, "alpha": 0.0}
+    limit = oracle.kd(*arguments, divergence="reverse_kl", reduction="none")
+    result = kdcore.kd_loss_and_gradient(*arguments, divergence=alpha(tiny), reduction="none")
+    allowed = bounds.kd_bounds(student, teacher, limit.loss, divergence="reverse_kl", **options)
+    assert bounds.within(result.loss, limit.loss, allowed.loss).all()
+    assert (bounds.gradient_error(result.gradient, limit.gradient, dtype) <= allowed.gradient).all()
+    agreement = kdcore.kd_loss_and_gradient(student, student, None, 2.0, 0.0, divergence=alpha(tiny))
+    assert agreement.loss == 0 and not agreement.gradient.any()
+
+
 # --- -inf ----------------------------------------------------------------------------------------------------------
 
 

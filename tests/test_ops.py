@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import ml_dtypes
 import numpy as np
 import oracle
@@ -458,6 +460,30 @@ def test_masked_rows_are_not_read(padding, alpha, divergence):
     same_bits(whole.gradient[[1, 2]], np.zeros((2, 9), np.float32))
     rows = kdcore.kd_loss(student, teacher, labels, 2.0, alpha, weights=weights, reduction="none", **options)
     assert (rows[[1, 2]] == 0).all() and (rows[kept] > 0).all()
+
+
+@pytest.mark.parametrize("validate", [None, True, False])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("operation", ["kd_loss_and_gradient", "dkd_loss_and_gradient"])
+def test_the_label_of_a_row_without_weight_is_not_read(operation, given, validate):
+    student, teacher, weights = np.eye(2, 3), np.ones((2, 3)), [1.0, 0.0]
+    run = functools.partial(getattr(kdcore, operation), student, teacher, temperature=2.0, alpha=0.3, weights=weights)
+    expected = run(labels=[0, 1])
+    result = run(labels=[0, 7], validate=validate, out=np.empty_like(student) if given else None)
+    assert result.loss == expected.loss
+    np.testing.assert_array_equal(result.gradient, expected.gradient)
+    if validate is not False:
+        before = student.copy()
+        with pytest.raises(kdcore.LabelError, match=r"labels\[0\] is 7"):
+            run(labels=[7, 0], validate=validate, out=student)
+        np.testing.assert_array_equal(student, before)  # nothing was written over the logits
+
+
+def test_weights_that_add_up_to_too_much_are_an_error_only_if_asked():
+    student, weights = np.eye(2, 3), [1.7e308, 1.7e308]
+    assert kdcore.kd_loss(student, student, None, 2.0, 0.0, weights=weights, validate=False) == 0
+    with pytest.raises(kdcore.DomainError, match="weights must have a finite sum"):
+        kdcore.kd_loss(student, student, None, 2.0, 0.0, weights=weights)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 2, 10**6])

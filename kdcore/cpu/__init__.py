@@ -1,4 +1,4 @@
-"""The CPU engine. Arguments are NumPy arrays that :mod:`kdcore.ops` has checked; nothing is validated or copied here.
+"""The CPU engine. :mod:`kdcore.arguments` has checked its NumPy arrays; nothing is validated or copied here.
 
 The functions below have twins of the same names and signatures in :mod:`kdcore.cuda`, but for the last parameter:
 here ``threads``, there ``stream``. Row functions for reuse are in :mod:`kdcore.cpu.rows`.

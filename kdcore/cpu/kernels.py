@@ -55,6 +55,7 @@ from kdcore.rowstatus import LABEL, STUDENT, TEACHER, TOO_WIDE, UNDEFINED_GRADIE
 
 __all__ = [
     "ALL_PHASES",
+    "FORWARD_KL_PHASES",
     "KD_PHASES",
     "SOFTMAX_PHASES",
     "kd_kernel",
@@ -67,6 +68,7 @@ BEGIN, STATES, MERGE, TERMS, FINISH, WRITE = (1 << k for k in range(6))
 ALL_PHASES = BEGIN | STATES | MERGE | TERMS | FINISH | WRITE
 #: The phases in their order, and whether they go block by block.
 KD_PHASES = ((BEGIN, False), (STATES, True), (MERGE, False), (TERMS, True), (FINISH, False), (WRITE, True))
+FORWARD_KL_PHASES = ((BEGIN, False), (STATES, True), (MERGE | FINISH, False), (WRITE, True))
 SOFTMAX_PHASES = ((STATES, True), (MERGE, False), (WRITE, True))
 
 # What BEGIN and MERGE tell the later phases, in the last row of ``states``.
@@ -139,7 +141,8 @@ def _kd_kernel(terms_block, *key, cache=True):
         _ = told_apart
         fused = _terms_block is None
         student, teacher, gradient = borrowed(student), borrowed(teacher), borrowed(gradient)
-        work, pads, states, status = borrowed(work), borrowed(pads), borrowed(states), borrowed(status)
+        labels, weights, status = borrowed(labels), borrowed(weights), borrowed(status)
+        work, pads, states = borrowed(work), borrowed(pads), borrowed(states)
         blocks = blocks_in(classes)
         hard, soft = alpha > 0.0, alpha < 1.0
         power = h_power(temperature, soft)

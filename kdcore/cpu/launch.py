@@ -31,6 +31,8 @@ __all__ = [
 _LONG = 8
 #: Results of this many bytes will not stay in a cache until they are read: they go past it.
 _STREAMED = 1 << 23
+#: Scratch for rows of this many classes, 12 MiB in float32, is not kept.
+_KEPT = 1 << 20
 #: Elements that are copied at a time, of arrays whose rows are not contiguous.
 _COPIED = 1 << 16
 
@@ -70,18 +72,16 @@ class _Rows:
 
 
 class _Scratch:
-    """``work`` and ``states`` of the kernels, for rows of ``width`` classes."""
+    """``work``, ``pads`` and ``states`` of the kernels, for rows of up to ``width`` classes."""
 
-    __slots__ = ("dtype", "states", "work")
+    __slots__ = ("pads", "states", "width", "work")
 
     def __init__(self, width, wide):
-        self.dtype, lanes = (np.float64, 8) if wide else (np.float32, 16)
+        dtype, lanes = (np.float64, 8) if wide else (np.float32, 16)
+        self.width = width
         self.states = np.empty((-(-width // BLOCK) + 2, COLUMNS))
-        self.work = _aligned(WORK_ROWS, -(-width // lanes) * lanes + lanes, self.dtype, lanes)
-
-    def pads(self):
-        """Buffers of blocks, for one thread."""
-        return np.empty((2, BLOCK), self.dtype)
+        self.work = _aligned(WORK_ROWS, -(-width // lanes) * lanes + lanes, dtype, lanes)
+        self.pads = np.empty((2, BLOCK), dtype)
 
 
 def _aligned(rows, width, dtype, lanes):
@@ -92,7 +92,7 @@ def _aligned(rows, width, dtype, lanes):
 
 
 class _Kept(threading.local):
-    """The scratch of a thread for rows of one block, which small calls have no time to allocate."""
+    """The scratch of a thread, which small calls have no time to allocate, and whose pages are new each time."""
 
     def __init__(self):
         self.of = {}
@@ -102,18 +102,17 @@ _kept = _Kept()
 
 
 def _scratch(width, wide):
-    """Scratch and buffers for one thread: its own, kept from call to call, for rows that are no longer than a block."""
-    if width > BLOCK:
-        scratch = _Scratch(width, wide)
-        return scratch, scratch.pads()
-    if wide not in _kept.of:
-        scratch = _Scratch(BLOCK, wide)
-        _kept.of[wide] = scratch, scratch.pads()
-    return _kept.of[wide]
+    """Scratch of the thread that asks, of which the largest so far is kept from call to call."""
+    scratch = _kept.of.get(wide)
+    if scratch is None or scratch.width < width:
+        scratch = _Scratch(max(width, BLOCK), wide)
+        if width <= _KEPT:
+            _kept.of[wide] = scratch
+    return scratch
 
 
 def _launch(key, invoke, phases, arrays, shape, wide, threads):
-    """Work all rows with ``invoke(arrays, part, scratch, pads, phases, lo, hi, first, last)``.
+    """Work all rows with ``invoke(arrays, part, scratch, pads, phases, lo, hi, first, last)``; ``pads`` of the thread.
 
     ``part`` says of which of the rows the arrays are, if not of all: then they are copies. ``key``: what the kernel is
     specialised for, beside the types of the arrays.
@@ -126,19 +125,20 @@ def _launch(key, invoke, phases, arrays, shape, wide, threads):
     shared = direct and rows < threads and blocks >= _LONG
     serial = not shared and in_one_thread(rows, width, threads)
     if direct and serial:  # first, and with nothing made that it does not need: a small call has no time for it
-        invoke(arrays, None, *_scratch(width, wide), kernels.ALL_PHASES, 0, rows, 0, blocks)
+        scratch = _scratch(width, wide)
+        invoke(arrays, None, scratch, scratch.pads, kernels.ALL_PHASES, 0, rows, 0, blocks)
         return
 
     def work_rows(lo, hi):
-        scratch, pads = _scratch(width, wide)
+        scratch = _scratch(width, wide)
         if direct:
-            invoke(arrays, None, scratch, pads, kernels.ALL_PHASES, lo, hi, 0, blocks)
+            invoke(arrays, None, scratch, scratch.pads, kernels.ALL_PHASES, lo, hi, 0, blocks)
             return
         step = max(1, _COPIED // width)
         for start in range(lo, hi, step):
             stop = min(start + step, hi)
             copies = [array.part(start, stop) for array in arrays]
-            invoke(copies, slice(start, stop), scratch, pads, kernels.ALL_PHASES, 0, stop - start, 0, blocks)
+            invoke(copies, slice(start, stop), scratch, scratch.pads, kernels.ALL_PHASES, 0, stop - start, 0, blocks)
             for array, copy in zip(arrays, copies, strict=True):
                 if array.writable:
                     array.array[start:stop] = copy.array
@@ -150,12 +150,12 @@ def _launch(key, invoke, phases, arrays, shape, wide, threads):
     if not shared:
         run_blocks(work_rows, rows, width, threads)
         return
+    scratch = _scratch(width, wide)
     for i in range(rows):
-        scratch = _Scratch(width, wide)
         for phase, on_blocks in phases:
 
-            def work_blocks(first, last, scratch=scratch, phase=phase, i=i):
-                invoke(arrays, None, scratch, scratch.pads(), phase, i, i + 1, first, last)
+            def work_blocks(first, last, phase=phase, i=i):
+                invoke(arrays, None, scratch, _scratch(BLOCK, wide).pads, phase, i, i + 1, first, last)
 
             if on_blocks:
                 run_blocks(work_blocks, blocks, BLOCK, threads)
@@ -168,7 +168,7 @@ def _compile_once(key, invoke, arrays, wide):
     key = (*key, wide, *[array.array.dtype.num for array in arrays])
     if key not in _compiled:
         scratch = _Scratch(1, wide)
-        invoke([array.part(0, 0) for array in arrays], slice(0, 0), scratch, scratch.pads(), 0, 0, 0, 0, 0)
+        invoke([array.part(0, 0) for array in arrays], slice(0, 0), scratch, scratch.pads, 0, 0, 0, 0, 0)
         _compiled.add(key)
 
 
@@ -244,7 +244,8 @@ def _kd_launch(
         )  # fmt: skip
 
     arrays = [_Rows(student), _Rows(teacher)] + ([_Rows(gradient, writable=True)] if with_gradient else [])
-    _launch((kernel, gradient.dtype), invoke, kernels.KD_PHASES, arrays, student.shape, wide, threads)
+    phases = kernels.FORWARD_KL_PHASES if divergence.term is None else kernels.KD_PHASES
+    _launch((kernel, gradient.dtype), invoke, phases, arrays, student.shape, wide, threads)
 
 
 def _flat_rows(array, writable=False):
@@ -260,10 +261,10 @@ def state_rows(student, teacher, labels, start, ignore_index, temperature, teach
     s, t = _flat_rows(student), _flat_rows(teacher)
 
     def task(lo, hi):
-        scratch, pads = _scratch(classes, wide)
+        scratch = _scratch(classes, wide)
         states.state_kernel(
             s.flat, s.stride, t.flat, t.stride, classes, labels, start, ignore_index, temperature, teacher_temperature,
-            scratch.work, pads, scratch.states, lo, hi, state, status,
+            scratch.work, scratch.pads, scratch.states, lo, hi, state, status,
         )  # fmt: skip
 
     task(0, 0)  # compiles in the caller's thread
@@ -279,10 +280,10 @@ def slice_gradient_rows(
     s, t, g = _flat_rows(student), _flat_rows(teacher), _flat_rows(gradient, writable=True)
 
     def task(lo, hi):
-        scratch, pads = _scratch(classes, wide)
+        scratch = _scratch(classes, wide)
         states.slice_gradient_kernel(
             s.flat, s.stride, t.flat, t.stride, classes, labels, start, state, scale, alpha, temperature,
-            teacher_temperature, kd_scale, scratch.work, pads, scratch.states, lo, hi, g.flat, g.stride,
+            teacher_temperature, kd_scale, scratch.work, scratch.pads, scratch.states, lo, hi, g.flat, g.stride,
         )  # fmt: skip
 
     task(0, 0)
@@ -295,7 +296,8 @@ def weight_sum(labels, weights, ignore_index, rows, out, threads):
     """out[0] = sum of the weights of the rows that are not masked."""
     read = labels != ignore_index
     if weights.size:
-        out[0] = np.add.reduce(weights[read] if labels.size else weights)
+        with np.errstate(over="ignore"):
+            out[0] = np.add.reduce(weights[read] if labels.size else weights)
     else:
         out[0] = np.count_nonzero(read) if labels.size else rows
 

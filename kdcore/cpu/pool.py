@@ -8,6 +8,7 @@ neither problem. Results do not depend on how rows are dealt out, because a row 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
@@ -16,7 +17,10 @@ __all__ = ["in_one_thread", "run_blocks"]
 
 #: Up to this many elements the hand-over to other threads costs more than they save.
 _SERIAL_ELEMENTS = 1 << 17
-_BLOCKS_PER_THREAD = 4
+#: More parts than threads, so that a thread that is late or slow leaves more of them to the others; but smaller ones
+#: than this are not worth a hand-over.
+_PARTS_PER_THREAD = 8
+_PART_ELEMENTS = 1 << 16
 
 _lock = Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}
@@ -48,19 +52,28 @@ def in_one_thread(rows: int, width: int, threads: int) -> bool:
 def run_blocks(task: Callable[[int, int], None], rows: int, width: int, threads: int) -> None:
     """Call ``task(lo, hi)`` for consecutive blocks that cover ``range(rows)``; rows of ``width`` elements.
 
-    The caller's thread takes part. ``task`` must already be compiled: a kernel first called from a pool thread while
-    the caller's module is still being imported waits for the import lock, which the caller holds.
+    Threads take the next block as they are done with the last, the caller's among them. It does not wait for a thread
+    that has not begun when nothing is left. ``task`` must already be compiled: a kernel first called from a pool thread
+    while the caller's module is still being imported waits for the import lock, which the caller holds.
     """
     if in_one_thread(rows, width, threads):
         task(0, rows)
         return
-    step = -(-rows // (threads * _BLOCKS_PER_THREAD))
-    blocks = [(lo, min(lo + step, rows)) for lo in range(0, rows, step)]
-    mine, others = blocks[::threads], [block for k, block in enumerate(blocks) if k % threads]
-    futures = [_pool(threads - 1).submit(task, lo, hi) for lo, hi in others]
-    try:
-        for lo, hi in mine:
+    step = -(-rows // min(threads * _PARTS_PER_THREAD, max(threads, rows * width // _PART_ELEMENTS)))
+    left = deque((lo, min(lo + step, rows)) for lo in range(0, rows, step))
+
+    def work() -> None:
+        while True:
+            try:
+                lo, hi = left.popleft()
+            except IndexError:
+                return
             task(lo, hi)
+
+    futures = [_pool(threads - 1).submit(work) for _ in range(min(threads, len(left)) - 1)]
+    try:
+        work()
     finally:
         for future in futures:
-            future.result()
+            if not future.cancel():
+                future.result()

@@ -24,17 +24,17 @@ from kdcore.cpu.simd import (
     LANES,
     from_real,
     full,
-    lane,
     load,
+    load_part,
     max_lanes,
     maximum,
     prefetch,
     store,
+    store_part,
     stream,
     sum_lanes,
     to_real,
     widen,
-    with_lane,
 )
 from kdcore.formulas import HEADROOM
 from kdcore.rowstatus import NAN, NO_SUPPORT, OK, POSITIVE_INF
@@ -65,7 +65,7 @@ _PART = 8
 #: Rows of ``work`` [WORK_ROWS, width]: exponentials, in the working type. They go on for a vector beyond the row.
 E_S, E_T, E_H = range(3)
 WORK_ROWS = 3
-#: Rows of ``pads`` [2, BLOCK], the buffers of :func:`block_of`, of one thread.
+#: Rows of ``pads`` [2, BLOCK], the buffers of :func:`block_of` and :func:`measured_block`, of one thread.
 PAD_S, PAD_T = range(2)
 
 #: Columns of ``states`` [blocks + 2, COLUMNS] in float64: the maxima and sums of each block, then of the row. For D see
@@ -127,22 +127,6 @@ def padded(size, like):
 
 
 @inner
-def _load_part(x, start, count, like):
-    """A vector of ``count`` elements from x[start] on, and -inf in the lanes that are left."""
-    vector = full(-math.inf, like)
-    for k in range(count):
-        vector = with_lane(vector, k, to_real(x[start + k]))
-    return vector
-
-
-@inner
-def _store_part(vector, count, out, start):
-    """The first ``count`` lanes of a vector to out[start] and on."""
-    for k in range(count):
-        out[start + k] = from_real(lane(vector, k), out[start + k])
-
-
-@inner
 def _copy_block(x, start, count, buffer):
     """x[start : start + count] in ``buffer``, filled up with -inf to whole vectors, and its maximum."""
     like = buffer[0]
@@ -154,39 +138,52 @@ def _copy_block(x, start, count, buffer):
         store(buffer, v, y)
         top = maximum(y, top)
     if whole < count:
-        y = _load_part(x, start + whole, count - whole, like)
+        y = load_part(x, start + whole, count - whole, -math.inf, like)
         store(buffer, whole, y)
         top = maximum(y, top)
     return buffer[: padded(count, like)], max_lanes(top)
 
 
-def measured_block(x, b, buffer):
-    """Block ``b`` of a row in whole vectors of the type of ``buffer`` [BLOCK], and its maximum.
+def block_of(x, b, buffer):
+    """Block ``b`` of a row in whole vectors of the type of ``buffer`` [BLOCK]: a view, or a copy in it that -inf fills.
 
-    The block is a view of the row, or a copy in the buffer that -inf fills up. NaN do not count in the maximum: they
-    show in the sums. For compiled code only.
+    For compiled code only.
+    """
+    raise TypeError("block_of is for compiled code")
+
+
+@overload(block_of)
+def _block_of(x, b, buffer):
+    if x.dtype != buffer.dtype:
+        return lambda x, b, buffer: _copy_block(x, b * BLOCK, min(BLOCK, x.size - b * BLOCK), buffer)[0]
+
+    def view(x, b, buffer):
+        start, count = b * BLOCK, min(BLOCK, x.size - b * BLOCK)
+        if count % lanes_of(buffer[0]) == 0:
+            return x[start : start + count]
+        return _copy_block(x, start, count, buffer)[0]
+
+    return view
+
+
+def measured_block(x, b, buffer):
+    """:func:`block_of` and the block's maximum, in which NaN do not count: they show in the sums.
+
+    For compiled code only.
     """
     raise TypeError("measured_block is for compiled code")
 
 
 @overload(measured_block)
 def _measured_block(x, b, buffer):
-    if x.dtype != buffer.dtype:  # which has to be converted: once, and measured on the way
+    if x.dtype != buffer.dtype:  # converted once, and measured on the way
         return lambda x, b, buffer: _copy_block(x, b * BLOCK, min(BLOCK, x.size - b * BLOCK), buffer)
 
-    def view(x, b, buffer):
-        start, count = b * BLOCK, min(BLOCK, x.size - b * BLOCK)
-        if count % lanes_of(buffer[0]) == 0:
-            return x[start : start + count], max_block(x[start : start + count])
-        return _copy_block(x, start, count, buffer)
+    def measure(x, b, buffer):
+        y = block_of(x, b, buffer)
+        return y, max_block(y)
 
-    return view
-
-
-@inner
-def block_of(x, b, buffer):
-    """Block ``b`` of a row, as :func:`measured_block` has it."""
-    return measured_block(x, b, buffer)[0]
+    return measure
 
 
 # --- a block -------------------------------------------------------------------------------------------------------
@@ -306,7 +303,7 @@ def write_block(e_h, power, e_q, e_p, hard, soft_q, soft_p, with_soft, out, stre
                 q, p = load(e_q, v, like), load(e_p, v, like)
             g = _kd_gradient(h, q, p, hard, soft_q, soft_p)
             if not whole:
-                _store_part(g, stop - start, out, v)
+                store_part(out, v, stop - start, g)
             elif streaming:
                 stream(out, v, g)
             else:
@@ -332,9 +329,9 @@ def log_softmax_block(x, m, inverse_temperature, log_z, out, streaming):
     first, streaming = _aligned_part(out, lanes, streaming)
     last = first + (out.size - first) // lanes * lanes
     if first > 0:
-        d = _scaled_logit(_load_part(x, 0, first, like), m, headroom)
+        d = _scaled_logit(load_part(x, 0, first, -math.inf, like), m, headroom)
         y = _log_softmax(d, inverse_temperature, log_z)
-        _store_part(y, first, out, 0)
+        store_part(out, 0, first, y)
     for v in range(first, last, lanes):
         y = _log_softmax(_scaled_logit(load(x, v, like), m, headroom), inverse_temperature, log_z)
         if streaming:
@@ -342,9 +339,9 @@ def log_softmax_block(x, m, inverse_temperature, log_z, out, streaming):
         else:
             store(out, v, y)
     if last < out.size:
-        d = _scaled_logit(_load_part(x, last, out.size - last, like), m, headroom)
+        d = _scaled_logit(load_part(x, last, out.size - last, -math.inf, like), m, headroom)
         y = _log_softmax(d, inverse_temperature, log_z)
-        _store_part(y, out.size - last, out, last)
+        store_part(out, last, out.size - last, y)
 
 
 # --- a row, merged from blocks -------------------------------------------------------------------------------------
@@ -454,6 +451,9 @@ def block_states(s, t, b, hard, soft, power, temperature, teacher_temperature, f
 @inner
 def merge_states(states, blocks, hard, soft, temperature, teacher_temperature):
     """The maxima and sums of the row into states[blocks], from those of its blocks in their order; D is still w."""
+    if blocks == 1:
+        states[1] = states[0]
+        return
     row, of_blocks = states[blocks], states[:blocks].T
     row[M_S] = top_of(of_blocks[M_S])
     if hard:
@@ -561,7 +561,7 @@ def two_formula_terms(term, slope):
 
 # --- one row at a time, for a caller's own njit code ----------------------------------------------------------------
 #
-# x, s and t must be usable rows: no NaN, no +inf, not all -inf.
+# x, s and t must be usable rows (no NaN, no +inf, not all -inf), and temperatures between 1e-20 and 1e20 in float32.
 
 
 @njit

@@ -32,8 +32,8 @@ __all__ = [
     "from_real",
     "full",
     "has_eighths",
-    "lane",
     "load",
+    "load_part",
     "mantissa",
     "max_lanes",
     "maximum",
@@ -41,12 +41,12 @@ __all__ = [
     "power_of_two",
     "prefetch",
     "store",
+    "store_part",
     "stream",
     "sum_lanes",
     "to_real",
     "where",
     "widen",
-    "with_lane",
 ]
 
 #: Lanes of a vector, by what it holds: 64 bytes, one cache line.
@@ -269,27 +269,6 @@ max_lanes = _reduction(lambda builder, x, y: builder.select(builder.fcmp_ordered
 
 
 @intrinsic
-def lane(typingctx, x, k):
-    """Lane ``k`` of a vector."""
-    if not isinstance(x, Vector) or not isinstance(k, types.Integer):
-        return None
-    return x.element(x, k), lambda context, builder, signature, args: builder.extract_element(*args)
-
-
-@intrinsic
-def with_lane(typingctx, x, k, value):
-    """A vector with ``value`` in lane ``k``."""
-    if not isinstance(x, Vector) or not isinstance(k, types.Integer):
-        return None
-
-    def generate(context, builder, signature, args):
-        number = context.cast(builder, args[2], value, x.element)
-        return builder.insert_element(args[0], number, args[1])
-
-    return x(x, k, value), generate
-
-
-@intrinsic
 def widen(typingctx, x):
     """A float32 vector as float64, the second half of its lanes added to the first; a float64 vector as it is."""
     if x == Vector(types.float64):
@@ -479,6 +458,60 @@ def load(typingctx, array, index, like):
         return _widened(builder, value, stored, vector.element)
 
     return vector(array, types.intp, like), generate
+
+
+def _tail(context, builder, signature, args, kind):
+    """Address of an array's element as that of a vector of ``kind``, and the mask of its first lanes; from args[:3]."""
+    address = _address(context, builder, signature.args[0], args[0], args[1])
+    lanes = ir.Constant(ir.VectorType(_I64, kind.count), list(range(kind.count)))
+    count = _broadcast_integer(builder, args[2], kind.count)
+    return builder.bitcast(address, kind.as_pointer()), builder.icmp_signed("<", lanes, count)
+
+
+def _broadcast_integer(builder, value, lanes):
+    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, value, _I32(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
+
+
+def _suffix(kind):
+    """How LLVM writes a vector type in the name of an intrinsic."""
+    letter, bits = ("i", kind.element.width) if isinstance(kind.element, ir.IntType) else ("f", None)
+    return f"v{kind.count}{letter}{bits or {ir.FloatType(): 32, ir.DoubleType(): 64}[kind.element]}"
+
+
+@intrinsic
+def load_part(typingctx, array, index, count, fill, like):
+    """As ``load``, of the first ``count`` lanes alone: the others are not read, and ``fill``."""
+    vector, stored = Vector(like), array.dtype
+
+    def generate(context, builder, signature, args):
+        kind = ir.VectorType(_STORED[stored], vector.lanes)
+        address, mask = _tail(context, builder, signature, args, kind)
+        arguments = [address, _I32(_BYTES[stored]), mask, ir.Constant(kind, None)]
+        value = _widened(
+            builder, _call(builder, f"llvm.masked.load.{_suffix(kind)}.p0", kind, arguments), stored, vector.element
+        )
+        return builder.select(mask, value, _broadcast(context, builder, args[3], fill, vector))
+
+    return vector(array, types.intp, types.intp, fill, like), generate
+
+
+@intrinsic
+def store_part(typingctx, array, index, count, value):
+    """As ``store``, of the first ``count`` lanes alone: nothing else is written."""
+    if not isinstance(value, Vector):
+        return None
+    stored = array.dtype
+
+    def generate(context, builder, signature, args):
+        narrow = _narrowed(builder, args[3], value.element, stored)
+        address, mask = _tail(context, builder, signature, args, narrow.type)
+        arguments = [narrow, address, _I32(_BYTES[stored]), mask]
+        _call(builder, f"llvm.masked.store.{_suffix(narrow.type)}.p0", ir.VoidType(), arguments)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, value), generate
 
 
 def _storing(bypass):

@@ -120,6 +120,8 @@ def _kernels(sources):
     ):  # fmt: skip
         """The gradient of a slice's logits, from the states of whole rows."""
         _ = sources
+        student, teacher, gradient = borrowed(student), borrowed(teacher), borrowed(gradient)
+        work, pads, states, state = borrowed(work), borrowed(pads), borrowed(states), borrowed(state)
         blocks = blocks_in(classes)
         hard, soft = alpha > 0.0, alpha < 1.0
         power = h_power(temperature, soft)

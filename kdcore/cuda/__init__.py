@@ -1,4 +1,4 @@
-"""The CUDA engine. Arguments are device arrays that :mod:`kdcore.ops` has checked; nothing is validated or copied here.
+"""The CUDA engine. :mod:`kdcore.arguments` has checked its device arrays; nothing is validated or copied here.
 
 The functions have twins of the same names and signatures in :mod:`kdcore.cpu`, but for the last parameter: there
 ``threads``, here ``stream``. Nothing synchronises: work is queued on ``stream``, and bad rows are reported in

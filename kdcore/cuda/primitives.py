@@ -33,10 +33,13 @@ def raw_bits(array):
 
 if SIMULATOR:
 
+    def _exprel(x):
+        return np.where(x == 0, type(x)(1), np.expm1(x) / x)[()]
+
     def bind(formula):
         """A formula as a device function."""
         # math.log and math.exp raise errors where a device gives an infinity or NaN.
-        function = bound(formula, {"log": np.log, "exp": np.exp, "expm1": np.expm1})
+        function = bound(formula, {"log": np.log, "exp": np.exp, "exprel": _exprel})
 
         @functools.wraps(formula)
         def device_function(*arguments):
@@ -100,11 +103,16 @@ else:
         """A number type's place among the types of what a formula works with; the last are those of constants."""
         return (not isinstance(number, types.Float), number.bitwidth)
 
+    @cuda.jit(device=True)
+    def _exprel(x):
+        """(exp(x) - 1) / x, 1 at 0."""
+        return math.expm1(x) / x if x != 0 else type(x)(1)
+
     _fma = cuda.jit(device=True)(fma)  # the compiler makes one instruction of it
 
     def bind(formula):
         """A formula as a device function."""
-        functions = {"where": _where, "fma": _fma, "log": math.log, "exp": math.exp, "expm1": math.expm1}
+        functions = {"where": _where, "fma": _fma, "log": math.log, "exp": math.exp, "exprel": _exprel}
         return cuda.jit(device=True)(bound(formula, functions))
 
     @cuda.jit(device=True)
