@@ -29,8 +29,9 @@ __all__ = [
 
 #: Rows of this many blocks are shared among threads, where there are too few rows to go round.
 _LONG = 8
-#: Results of this many bytes will not stay in a cache until they are read: they go past it.
-_STREAMED = 1 << 23
+#: Results of this many bytes will not stay in a cache until they are read: they go past it, if their rows have so many
+#: bytes that it pays.
+_STREAMED, _STREAMED_ROW = 1 << 23, 1 << 13
 #: Scratch for rows of this many classes, 12 MiB in float32, is not kept.
 _KEPT = 1 << 20
 #: Elements that are copied at a time, of arrays whose rows are not contiguous.
@@ -172,11 +173,16 @@ def _compile_once(key, invoke, arrays, wide):
         _compiled.add(key)
 
 
+def _to_memory(out):
+    """Whether a result [B, V] is to be stored past the caches."""
+    return out.nbytes >= _STREAMED and out.nbytes >= _STREAMED_ROW * out.shape[0]
+
+
 def _softmax_launch(kernel, logits, temperature, out, status, threads):
     wide = needs_float64((logits.dtype,), temperature)
     classes = logits.shape[1]
     per_row = out.ndim == 1
-    streaming = out.nbytes >= _STREAMED
+    streaming = _to_memory(out)
 
     def invoke(arrays, part, scratch, pads, phases, lo, hi, first, last):
         x, y = arrays[0], raw_bits(out if part is None else out[part]) if per_row else arrays[1].flat
@@ -228,7 +234,7 @@ def _kd_launch(
     classes = student.shape[1]
     kernel = kernels.kd_kernel(divergence)
     with_gradient = gradient.shape[0] > 0
-    streaming = gradient.nbytes >= _STREAMED
+    streaming = _to_memory(gradient)
     labels, weights = _readable(labels), _readable(weights)
 
     def invoke(arrays, part, scratch, pads, phases, lo, hi, first, last):

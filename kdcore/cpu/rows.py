@@ -282,19 +282,24 @@ def _careful_moment(t, s, m_t, m_s, ratio, e):
 
 
 @inner
-def write_block(e_h, power, e_q, e_p, hard, soft_q, soft_p, with_soft, out, streaming):
+def write_block(e_h, power, e_q, e_p, hard, soft_q, soft_p, with_soft, out, streaming, kept):
     """out = hard e_h^power + soft_q e_q - soft_p e_p of a block, in the storage type of out.
 
-    ``power`` 0: without e_h; ``with_soft`` False: without e_q and e_p. ``streaming``: past the caches. The rows e must
-    go on for a vector beyond the block.
+    ``power`` 0: without e_h; ``with_soft`` False: without e_q and e_p. ``streaming``: past the caches, but for the
+    vector with the element ``kept``, if there is one, which is about to be written again: that would wait for memory.
+    The rows e must go on for a vector beyond the block.
     """
     like = e_q[0]
     lanes, zero = lanes_of(like), full(0.0, like)
     hard, soft_q, soft_p = type(like)(hard), type(like)(soft_q), type(like)(soft_p)
     first, streaming = _aligned_part(out, lanes, streaming)
     last = first + (out.size - first) // lanes * lanes
-    for start, stop in ((0, first), (first, last), (last, out.size)):
-        whole = stop - start >= lanes
+    a = b = last
+    if first <= kept < last:
+        a = first + (kept - first) // lanes * lanes
+        b = a + lanes
+    for start, stop in ((0, first), (first, a), (a, b), (b, last), (last, out.size)):
+        whole, past = stop - start >= lanes, streaming and start != a
         for v in range(start, stop, lanes):
             h, q, p = zero, zero, zero
             if power > 0:
@@ -304,7 +309,7 @@ def write_block(e_h, power, e_q, e_p, hard, soft_q, soft_p, with_soft, out, stre
             g = _kd_gradient(h, q, p, hard, soft_q, soft_p)
             if not whole:
                 store_part(out, v, stop - start, g)
-            elif streaming:
+            elif past:
                 stream(out, v, g)
             else:
                 store(out, v, g)
@@ -401,7 +406,7 @@ def write_softmax(temperature, work, states, first, last, out, streaming):
         start, stop = b * BLOCK, min((b + 1) * BLOCK, out.size)
         scale = shift_of(states[b, M_S], row[M_S], temperature) / row[Z_S]
         e = work[E_S, start:]
-        write_block(e, 1, e, e, scale, 0.0, 0.0, False, out[start:stop], streaming)
+        write_block(e, 1, e, e, scale, 0.0, 0.0, False, out[start:stop], streaming, -1)
 
 
 @inner
@@ -526,7 +531,7 @@ def write_row(
                 q, p = soft_q, soft_p * factor_s
         write_block(
             e_h[start:], (power if power > 0 else 1) if with_hard else 0, e_q[start:], e_p[start:], h, q, p, with_soft,
-            out[start:stop], streaming,
+            out[start:stop], streaming, label - start,
         )  # fmt: skip
         if with_hard and start <= label < stop:  # in float64, since h - 1 cancels
             e = to_power(np.float64(e_h[label]), power)
