@@ -95,8 +95,10 @@ def exp(x):
 
 
 def exprel(x):
-    """(exp(x) - 1) / x for |x| <= 1/2, 1 at 0, without cancellation."""
-    return math.expm1(x) / x if x else 1.0
+    """(exp(x) - 1) / x for |x| <= 1/2, 1 at 0, without cancellation; what it gives elsewhere must not be used."""
+    if not 0 < abs(x) <= 0.5:
+        return 1.0
+    return math.expm1(x) / x
 
 
 def bound(formula, functions):
@@ -225,19 +227,21 @@ def reverse_kl_slope(p, q, r, c):
 
 
 def jsd_term(p, q, r, c):
-    """c KL(p || m) + (1 - c) KL(q || m), m = c p + (1 - c) q."""
+    """c KL(p || m) + (1 - c) KL(q || m), m = c p + (1 - c) q.
+
+    One logarithm, that of the larger one over m; the other is less by |r|.
+    """
     m = c * p + (1.0 - c) * q
-    m = where(m > _LEAST, m, 1.0)
-    n = 1.0 / m
-    return c * p * log(where(p > 0.0, p, m) * n) + (1.0 - c) * q * log(where(q > 0.0, q, m) * n)
+    larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))
+    of_p, of_q = where(r > 0.0, larger - r, larger), where(r < 0.0, larger + r, larger)
+    return where(p > 0.0, c * p * of_p, 0.0) + where(q > 0.0, (1.0 - c) * q * of_q, 0.0)
 
 
 def jsd_slope(p, q, r, c):
     """q phi' of the Jensen-Shannon divergence."""
     m = c * p + (1.0 - c) * q
-    m = where(m > _LEAST, m, 1.0)
-    n = 1.0 / m
-    return (1.0 - c) * q * log(where(q > 0.0, q, m) * n)
+    larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))
+    return where(q > 0.0, (1.0 - c) * q * where(r < 0.0, larger + r, larger), 0.0)
 
 
 def skew_forward_kl_term(p, q, r, c):
@@ -293,7 +297,7 @@ def alpha_term(p, q, r, c):
     a, b = where(high, p, q), where(high, q, p)
     z = (0.0 - k) * y
     close = z * z < 0.25
-    near = a * where(close, 0.0 - y, 0.0) * exprel(where(close, z, 0.0))
+    near = a * (0.0 - y) * exprel(z)
     apart = where(y > 0.0, a, b) * exp(where(y > 0.0, z, (1.0 - k) * y)) - a
     return ((b - a) - where(close, near, apart * (1.0 / k))) * (1.0 / (1.0 - k))
 
@@ -302,7 +306,7 @@ def alpha_slope(p, q, r, c):
     """q phi' of Amari's divergence: (q - p^c q^(1 - c)) / c, near agreement as in its term."""
     z = (0.0 - c) * r
     close = z * z < 0.25
-    near = q * where(close, r, 0.0) * exprel(where(close, z, 0.0))
+    near = q * r * exprel(z)
     apart = q - where(r > 0.0, q, p) * exp(where(r > 0.0, z, (1.0 - c) * r))
     return where(close, near, apart * (1.0 / c))
 
