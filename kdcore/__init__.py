@@ -174,7 +174,7 @@ _HOME = {
     ),
 }
 #: Modules that are attributes without an import of their own.
-_SUBMODULES = ("divergences",)
+_SUBMODULES = ("divergences", "torch")
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = ["__version__"]

@@ -1,0 +1,212 @@
+"""kdcore.torch: the same numbers as kdcore's, with the gradient where PyTorch's users look for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import kdcore
+from kdcore.divergences import NAMES
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from kdcore.torch import KDLoss, kd_loss  # noqa: E402 (not without torch)
+
+functional = torch.nn.functional
+IGNORE = -100
+
+
+def tensors(dtype=torch.float64, shape=(2, 3), classes=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (3 * torch.randn(2, *shape, classes, generator=generator, dtype=torch.float64)).to(dtype)
+    labels = torch.randint(classes, shape, generator=generator)
+    labels.view(-1)[1] = IGNORE
+    return student.requires_grad_(), teacher, labels
+
+
+def arrays(*given):
+    """Tensors as NumPy arrays of their own memory; bfloat16 by its bits."""
+    for tensor in given:
+        tensor = tensor.detach()
+        if tensor.dtype == torch.bfloat16:
+            yield tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        else:
+            yield tensor.numpy()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_gradcheck(alpha, reduction):
+    student, teacher, labels = tensors()
+    weights = torch.tensor([[1.0, 2.0, 0.5], [0.0, 1.0, 3.0]])
+    for given in (None, weights):
+        criterion = KDLoss(2.0, alpha, reduction=reduction)
+        assert torch.autograd.gradcheck(lambda s, w=given, f=criterion: f(s, teacher, labels, weights=w), (student,))
+
+
+@pytest.mark.parametrize("divergence", [name for name in NAMES if name != "tvd"])
+def test_gradcheck_of_divergences(divergence):
+    student, teacher, labels = tensors()
+    criterion = KDLoss(2.0, 0.3, divergence=divergence, teacher_temperature=1.5)
+    assert torch.autograd.gradcheck(lambda s: criterion(s, teacher, labels), (student,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_as_kdcore(dtype):
+    student, teacher, labels = tensors(dtype, (2, 5), 1031)
+    loss = KDLoss(2.0, 0.3)(student, teacher, labels)
+    loss.backward()
+    expected = kdcore.kd_loss_and_gradient(*arrays(student, teacher, labels), 2.0, 0.3)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert loss.dtype == wide and loss.item() == torch.tensor(expected.loss, dtype=wide).item()
+    assert student.grad.dtype == dtype
+    assert next(arrays(student.grad)).tobytes() == expected.gradient.tobytes()
+
+
+def test_the_textbook_in_torch():
+    student, teacher, labels = tensors(torch.float64, (6,), 33)
+    T, alpha = 2.0, 0.3
+    hard = functional.cross_entropy(student, labels, ignore_index=IGNORE)
+    log_q, log_p = functional.log_softmax(student / T, -1), functional.log_softmax(teacher / T, -1)
+    rows = functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    expected = alpha * hard + (1 - alpha) * T**2 * rows[labels != IGNORE].mean()
+    (gradient,) = torch.autograd.grad(expected, student)
+    actual = KDLoss(T, alpha)(student, teacher, labels)
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(actual, student)[0], gradient, rtol=1e-12, atol=1e-15)
+
+
+def test_a_scaled_loss_keeps_small_gradients_in_float16():
+    student, teacher, labels = tensors(torch.float16, (4096,), 64)
+    scale = 65536.0
+    (KDLoss(2.0, 0.3)(student, teacher, labels) * scale).backward()
+    exact = kdcore.kd_logit_gradient(*arrays(student.double(), teacher.double(), labels), 2.0, 0.3)
+    assert (np.abs(exact) < 2.0**-25).mean() > 0.005  # unscaled, they would be 0 or twice as large
+    error = np.abs(student.grad.double().numpy() / scale - exact)
+    assert (error <= 1e-3 * np.abs(exact) + 1e-9 * np.abs(exact).max() + 2.0**-25 / scale).all()
+
+
+def test_backward():
+    student, teacher, labels = tensors()
+    loss = KDLoss(2.0, 0.3)(student, teacher, labels)
+    (once,) = torch.autograd.grad(loss, student, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, student, retain_graph=True)
+    (tripled,) = torch.autograd.grad(3 * loss, student, retain_graph=True)
+    assert once.equal(again) and tripled.equal(3 * once)
+    rows = KDLoss(2.0, 0.3, reduction="none")(student, teacher, labels)
+    factors = torch.arange(6.0, dtype=torch.float64).reshape(2, 3)
+    (weighted,) = torch.autograd.grad((factors * rows).sum(), student)
+    torch.testing.assert_close(weighted / factors[..., None].clamp(min=1), once * 5 * (factors[..., None] > 0))
+
+
+def test_a_second_derivative_is_refused():
+    student, teacher, labels = tensors()
+    loss = KDLoss(2.0, 0.3)(student, teacher, labels)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(loss, student, create_graph=True)
+
+
+def test_without_a_gradient():
+    student, teacher, labels = tensors()
+    criterion = KDLoss(2.0, 0.3)
+    loss = criterion(student, teacher, labels)
+    with torch.no_grad():
+        assert criterion(student, teacher, labels).equal(loss) and not criterion(student, teacher, labels).requires_grad
+    assert not criterion(student.detach(), teacher.requires_grad_(), labels).requires_grad  # the teacher is a constant
+    loss = criterion(student, teacher, labels)
+    loss.backward()
+    assert teacher.grad is None and student.grad is not None
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), lambda x: x.repeat_interleave(2, -1)[..., ::2]],
+    ids=["transposed", "strided"],
+)
+def test_layouts(layout):
+    student, teacher, labels = tensors(torch.float32, (3, 4), 37)
+    expected = KDLoss(2.0, 0.3)(student, teacher, labels)
+    (gradient,) = torch.autograd.grad(expected, student)
+    other = layout(student.detach()).requires_grad_()
+    assert not other.is_contiguous()
+    loss = KDLoss(2.0, 0.3)(other, layout(teacher), labels)
+    assert loss.equal(expected) and torch.autograd.grad(loss, other)[0].equal(gradient)
+
+
+def test_training():
+    torch.manual_seed(0)
+    features, teacher = torch.randn(64, 8, dtype=torch.float64), torch.randn(64, 5, dtype=torch.float64)
+    labels = torch.randint(5, (64,))
+
+    def trained(criterion):
+        torch.manual_seed(1)
+        head = torch.nn.Linear(8, 5, dtype=torch.float64)
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = criterion(head(features), teacher, labels)
+            loss.backward()
+            optimizer.step()
+        return loss, head.weight
+
+    def by_hand(student, teacher, labels):
+        log_q, log_p = functional.log_softmax(student / 2, -1), functional.log_softmax(teacher / 2, -1)
+        soft = functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        return 0.3 * functional.cross_entropy(student, labels) + 0.7 * 4 * soft
+
+    for actual, expected in zip(trained(KDLoss(2.0, 0.3)), trained(by_hand), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_denominator_and_weights():
+    student, teacher, labels = tensors()
+    whole = KDLoss(2.0, 0.3)(student, teacher, labels)
+    counted = int((labels != IGNORE).sum())
+    parts = [KDLoss(2.0, 0.3)(student[i], teacher[i], labels[i], denominator=counted) for i in range(2)]
+    torch.testing.assert_close(sum(parts), whole)
+    masked = KDLoss(2.0, 0.3)(student, teacher, labels.clamp(min=0), weights=(labels != IGNORE).double())
+    torch.testing.assert_close(masked, whole)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which the compiler looks at
+def test_a_compiled_model_leaves_the_loss_alone():
+    student, teacher, labels = tensors()
+    criterion = KDLoss(2.0, 0.3)
+    compiled = torch.compile(lambda s: criterion(2 * s, teacher, labels), backend="eager")
+    assert compiled(student).equal(criterion(2 * student, teacher, labels))
+
+
+def test_arguments():
+    student, teacher, labels = tensors()
+    with pytest.raises(kdcore.DomainError, match="temperature must be a positive finite number, got 0"):
+        KDLoss(0, 0.3)
+    with pytest.raises(kdcore.DomainError, match="alpha"):
+        KDLoss(2.0, 1.5)
+    with pytest.raises(kdcore.DTypeError, match="student_logits must be a tensor, got ndarray"):
+        kd_loss(student.detach().numpy(), teacher, labels, 2.0, 0.3)
+    with pytest.raises(kdcore.DTypeError, match="teacher_logits must be on the CPU or on a CUDA device"):
+        kd_loss(student, teacher.to("meta"), labels, 2.0, 0.3)
+    with pytest.raises(kdcore.LabelError, match=r"labels\[0, 0\] is 7"):
+        kd_loss(student, teacher, torch.full((2, 3), 7), 2.0, 0.3)
+    with pytest.raises(kdcore.NonFiniteError, match=r"student_logits\[1, 2, 3\] is nan"):
+        broken = student.detach().clone()
+        broken[1, 2, 3] = torch.nan
+        kd_loss(broken.requires_grad_(), teacher, labels, 2.0, 0.3)
+    assert "temperature=2.0, alpha=0.3, divergence='forward_kl'" in repr(KDLoss(2.0, 0.3))
+
+
+def test_kdcore_alone_does_not_import_torch():
+    code = """
+        import sys
+        import kdcore
+        kdcore.softmax([[0.0, 1.0]])
+        assert "torch" not in sys.modules
+        assert kdcore.torch.KDLoss.__name__ == "KDLoss"
+        assert "torch" in sys.modules
+        """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
