@@ -394,10 +394,24 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _timeless(kind: Any) -> Any:
+    """What an object is made with that does not note when; h5py 3.11 makes its groups otherwise."""
+    creation = h5py.h5p.create(kind)
+    creation.set_obj_track_times(False)
+    return creation
+
+
+def _make_groups(file: Any, name: str) -> None:
+    """The groups that a dataset of this name lies in."""
+    parts = _parts(name)
+    for end in range(1, len(parts)):
+        if (group := "/".join(parts[:end])) not in file:
+            h5py.h5g.create(file.id, group.encode("utf-8"), gcpl=_timeless(h5py.h5p.GROUP_CREATE))
+
+
 def _create(path: Path) -> Any:
     """A new file with nothing in it; the same contents later make the same bytes, whatever the version of h5py."""
-    creation, access = h5py.h5p.create(h5py.h5p.FILE_CREATE), h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-    creation.set_obj_track_times(False)
+    creation, access = _timeless(h5py.h5p.FILE_CREATE), h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     # Format 1.8 has checksums on its metadata, and no open-for-write flag that a killed writer would leave behind.
     access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
     access.set_alignment(4096, 4096)  # so that arrays can be mapped, and read past the page cache
@@ -527,6 +541,7 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]
         file.attrs.create("version", CHECKPOINT_VERSION, dtype="<i8")
         _set_text(file, "content", json.dumps(content))
         for name, array in plain.items():
+            _make_groups(file, name)
             file.create_dataset(name, data=array)
 
 
@@ -755,6 +770,7 @@ def save_teacher_logits(
     text = None if metadata is None else _metadata_text(metadata)
 
     with _replacing(path) as file:
+        _make_groups(file, dataset)
         for name, array in content.items():
             file.create_dataset("/".join([*group, name]), data=array)
         target = file.create_dataset(dataset, (n_rows, vocab_size), "<u2" if is_bfloat16 else stored, **layout)

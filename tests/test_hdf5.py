@@ -432,10 +432,14 @@ CHECKPOINT = {"weight": ROWS, "optimizer/velocity": ROWS[0] / 7, "step": np.arra
 
 
 def test_same_contents_same_bytes(path, tmp_path):
-    write_arrays(path, CHECKPOINT, {"epoch": 2})
+    def write(checkpoint, logits):
+        write_arrays(checkpoint, CHECKPOINT, {"epoch": 2})
+        hdf5.save_teacher_logits(logits, ROWS, dataset="teacher/logits")
+        return checkpoint.read_bytes(), logits.read_bytes()
+
+    written = write(path, tmp_path / "logits.h5")
     time.sleep(1.1)  # HDF5's times are in seconds
-    write_arrays(tmp_path / "later.h5", CHECKPOINT, {"epoch": 2})
-    assert (tmp_path / "later.h5").read_bytes() == path.read_bytes()
+    assert write(tmp_path / "later.h5", tmp_path / "later logits.h5") == written
 
 
 def test_any_flipped_bit_of_the_arrays_is_found(path):
