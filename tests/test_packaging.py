@@ -33,7 +33,9 @@ def test_lowest_pins_the_lower_bounds():
 
 def test_lowest_runs_the_tests_of_cpu_by_default():
     assert "lowest" in TOX["tox"]["env_list"].split(", ")
-    assert LOWEST["commands"].strip().splitlines()[-2].startswith("{[testenv:cpu]commands} --ignore=tests/")
+    (command,) = (line for line in LOWEST["commands"].replace("\\\n", "").splitlines() if line and line[0] != "#")
+    first, *rest = command.split(" --")
+    assert first == "{[testenv:cpu]commands}" and all(re.match("ignore=tests/test_", option) for option in rest)
     assert LOWEST["extras"] == TOX["testenv:cpu"]["extras"]
 
 
