@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 from comparisons import same_bits
 from hypothesis import given, strategies as st
+from processes import in_a_process
 from strategies import BFLOAT16, narrowed, problems
 
 import kdcore
@@ -22,7 +21,7 @@ FLOAT32 = np.dtype(np.float32)
 #: The fused one, one of two formulas, and one of two formulas with a parameter.
 DIVERGENCES = ["forward_kl", "reverse_kl", jsd(0.3)]
 DTYPES = [FLOAT32, np.dtype(np.float64), BFLOAT16]
-B, V = 64, 1031  # more than the 2^15 elements below which a call stays in the calling thread
+B, V = 160, 1031  # more than the 2^17 elements up to which a call stays in the calling thread
 
 
 def inputs(dtype=FLOAT32, rows=B, classes=V, seed=0):
@@ -242,23 +241,6 @@ def test_eight_threads_at_once():
         for k, future in enumerate(futures):
             for result in future.result(timeout=120):
                 same_answers(result, expected[k])
-
-
-def in_a_process(source, directory, **environment):
-    """Run a script to its end, within two minutes; its output."""
-    script = directory / "script.py"
-    script.write_text(textwrap.dedent(source))
-    finished = subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=directory,
-        env={**os.environ, **environment},
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")

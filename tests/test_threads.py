@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 import textwrap
 import threading
 import tracemalloc
@@ -16,6 +14,7 @@ from threading import Barrier
 import numpy as np
 import pytest
 from comparisons import same_bits
+from processes import in_a_process
 
 import kdcore
 import kdcore.states
@@ -187,23 +186,6 @@ def test_an_error_among_calls_of_other_threads():
 
 
 # --- processes -----------------------------------------------------------------------------------------------------
-
-
-def in_a_process(source, directory, **environment):
-    """The output of a script that must end within three minutes."""
-    script = directory / "script.py"
-    script.write_text(textwrap.dedent(source))
-    finished = subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        cwd=directory,
-        env={**os.environ, **environment},
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
