@@ -386,7 +386,7 @@ class KDCall(NamedTuple):
         """
         arrays = [self.student, *self.teachers]
         wanted = self.gradient is not None
-        nothing = None if wanted else self.engine.empty((0, tuple(self.student.shape)[-1]), self.student.dtype)
+        nothing = None if wanted else self.engine.nothing(self.student.dtype, (0, self.student.shape[-1]))
         if wanted:
             arrays.append(self.gradient)
         for part, (s, *ts) in row_blocks(self.engine, self.lead, arrays):
@@ -408,14 +408,17 @@ class KDCall(NamedTuple):
             check_gradients(engine, self.status, self.lead, self.objective.divergence.name)
         if self.reduction == "none":
             values = [self.results[k].reshape(self.lead) for k in range(3)]
-            if engine.on_host and not self.lead:
-                values = [value[()] for value in values]
         else:
             totals = engine.empty((3,), np.float64)
             engine.kernels.reduce_rows(self.results, totals, engine.where)
-            values = [engine.memory.element(totals, k) for k in range(3)]
-        gradient = self.gradient if self.out is None else self.out
-        return KDOutput(values[0], gradient, values[1] if alpha > 0 else None, values[2] if alpha < 1 else None)
+            values = [totals[k] for k in range(3)]
+        loss = engine.hand_over(values[0])
+        ce = engine.hand_over(values[1]) if alpha > 0 else None
+        kl = engine.hand_over(values[2]) if alpha < 1 else None
+        gradient = self.out
+        if gradient is None and self.gradient is not None:
+            gradient = engine.hand_over(self.gradient)
+        return KDOutput(loss, gradient, ce, kl)
 
     def _raise_for_rows(self, check_rows: Callable[[np.ndarray], None] | None) -> None:
         status = self.engine.memory.to_host(self.status)

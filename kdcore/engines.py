@@ -36,8 +36,8 @@ def _modules(engine: str) -> tuple[Any, Any]:
 
 
 @cache
-def _nothing(dtype: type) -> np.ndarray:
-    return np.empty(0, dtype)
+def _nothing(dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    return np.empty(shape, dtype)
 
 
 class Engine:
@@ -54,9 +54,13 @@ class Engine:
     def empty(self, shape: Any, dtype: Any) -> Any:
         return self.memory.empty(shape, dtype, self.where)
 
-    def nothing(self, dtype: type) -> Any:
+    def nothing(self, dtype: Any, shape: tuple[int, ...] = (0,)) -> Any:
         """An array without elements, for an argument that is not given."""
-        return _nothing(dtype) if self.on_host else self.empty((0,), dtype)
+        return _nothing(dtype, shape) if self.on_host else self.memory.nothing(dtype, shape)
+
+    def hand_over(self, array: Any) -> Any:
+        """A result as the caller gets it: NumPy's, or of the library whose array came first."""
+        return array[()] if self.on_host else self.memory.hand_over(array, self.where)
 
     def full(self, shape: Any, dtype: Any, value: Any) -> Any:
         return self.memory.full(shape, dtype, value, self.where)
@@ -102,7 +106,8 @@ def engine_of(arrays: dict[str, Any], threads: int | None, stream: Any) -> Engin
     if threads is not None:
         raise DomainError(f"threads={threads!r} is for host arrays; device arrays take stream")
     require_cuda()
-    return Engine("cuda", stream)
+    streams = import_module("kdcore.cuda.streams")
+    return Engine("cuda", streams.queue_of({name: arrays[name] for name in device}, stream))
 
 
 def _on_device(arrays: dict[str, Any]) -> list[str]:
@@ -132,7 +137,7 @@ def require_cuda() -> None:
 def to_device(array: np.ndarray, stream: Any = None) -> Any:
     """A copy of a host array on the CUDA device."""
     require_cuda()
-    return import_module("kdcore.cuda.memory").to_device(array, stream)
+    return import_module("kdcore.cuda.memory").to_device(array, stream).owner
 
 
 def to_host(array: Any) -> np.ndarray:

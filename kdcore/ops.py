@@ -69,7 +69,7 @@ def _row_operation(
         launch(x, temperature, y[:, 0] if per_row else y, status[rows], engine.where)
     if check:
         check_logits(engine, status, lead, {rowstatus.STUDENT: "logits"})
-    return out if out is not None else result[()] if engine.on_host else result
+    return engine.hand_over(result) if out is None else out
 
 
 def softmax(
@@ -506,4 +506,4 @@ def linear(x: Any, weight: Any, bias: Any, activation: str, *, threads: int | No
     check_same_shape(bias.shape, "bias", tuple(weight.shape)[:1], "weight without its columns")
     out = engine.empty((x.shape[0], weight.shape[0]), np.float32)
     engine.kernels.linear(x, weight, bias, activation, out, engine.where)
-    return out
+    return engine.hand_over(out)

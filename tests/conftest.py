@@ -10,6 +10,9 @@ from hypothesis import settings
 if importlib.util.find_spec("kdcore") is None:  # not installed: the tests of a checkout, on a machine with the rest
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" and importlib.util.find_spec("greenlet") is not None:
+    import simulator  # noqa: F401  teaches Numba's simulator warps and concurrent blocks
+
 # A first call compiles for seconds, so no example has a deadline. "ci" draws the same examples on every run: a failure
 # there is a change of the code, and searching for new ones is the nightly's task.
 settings.register_profile("ci", derandomize=True, database=None, deadline=None, max_examples=50)

@@ -8,7 +8,7 @@ import numpy as np
 
 from kdcore.errors import DTypeError, ShapeError
 
-__all__ = ["as_array", "as_rows", "element", "empty", "full", "is_writable", "overlaps", "same", "to_host"]
+__all__ = ["as_array", "as_rows", "empty", "full", "is_writable", "overlaps", "same", "to_host"]
 
 
 def as_array(obj):
@@ -35,11 +35,6 @@ def _native(array):
 def as_rows(array):
     """A view [B, V] of an array [..., V] whose leading dimensions can be merged."""
     return array if array.ndim == 2 else array.reshape((math.prod(array.shape[:-1]), array.shape[-1]))
-
-
-def element(array, k):
-    """Element ``k`` of an array [K]."""
-    return array[k]
 
 
 def is_writable(obj):

@@ -1,10 +1,12 @@
-"""Kernels of the CUDA engine, one block of THREADS threads a row.
+"""Kernels of the CUDA engine, one block a row; :mod:`kdcore.cuda.groups` has the one of several blocks a row.
 
-Letters: B rows, V classes. Logits and gradients [B, V] in storage form (see :mod:`kdcore.cuda.primitives`), row results
-[B] float64, ``status`` [B, 2] int64 (see :mod:`kdcore.rowstatus`) or without rows, when nobody asks. ``like`` is a
-number in the working type. Rows are addressed in 64 bits.
+Letters: B rows, V classes. Arrays come as addresses (see :mod:`kdcore.cuda.primitives`): a **matrix** [B, V] is
+(address, bytes from row to row, bytes from class to class, tag), a **vector** [B] is (address, bytes, tag), and one
+with the address 0 is not given. ``like`` is a number in the working type. Row results [B] are float64, ``status``
+[B, 2] int64 (see :mod:`kdcore.rowstatus`), contiguous, given by their address alone. Rows are addressed in 64 bits.
 """
 
+import functools
 import math
 from functools import cache
 
@@ -12,232 +14,414 @@ import numpy as np
 from numba import cuda, float64
 
 from kdcore import formulas
-from kdcore.cuda.primitives import THREADS, bind, from_real
-from kdcore.cuda.rows import (
-    block_sum,
-    cross_entropy_row,
-    fill_row,
-    forward_kl_classes,
-    forward_kl_sums,
-    log_softmax_row,
-    logsumexp_row,
-    max_row,
-    softmax_row,
-    two_formula_soft,
-    write_gradient,
+from kdcore.cuda.distillation import no_sums, stages
+from kdcore.cuda.primitives import (
+    SIMULATOR,
+    bind,
+    cast,
+    device,
+    itemsize,
+    load_real,
+    load_stored,
+    store_real,
+    store_stored,
 )
+from kdcore.cuda.rows import (
+    SCRATCH,
+    block_maxima,
+    block_sums,
+    carry,
+    condition_of,
+    cross_entropy_of,
+    fill_row,
+    first_bad_class,
+    is_usable,
+    log_softmax_row,
+    logsumexp_of,
+    octet_of,
+    octets_of,
+    softmax_row,
+    softmax_sums,
+    whole_octets,
+    write_octet,
+)
+from kdcore.formulas import HEADROOM
 from kdcore.rowstatus import LABEL, OK, STUDENT, TEACHER, UNDEFINED_GRADIENT, WEIGHT
 
 __all__ = [
     "BIAS_KERNELS",
     "fill_kernel",
+    "given",
     "kd_kernel",
-    "log_softmax_kernel",
-    "logsumexp_kernel",
     "matmul_kernel",
+    "most_threads",
     "reduce_kernel",
-    "softmax_kernel",
+    "row_at",
+    "row_kernel",
     "weight_sum_kernel",
 ]
 
+
+def most_threads(wide, third_exponential=False):
+    """The most threads of a block, and with them the registers that a thread may have: 64 of 1024, 128 of 512."""
+    if wide:  # a number is two registers
+        return 256
+    return 512 if third_exponential else 1024
+
+
 _kd_loss = bind(formulas.kd_loss)
+_forward_kl_from_sums = bind(formulas.forward_kl_from_sums)
+
+
+def kernel_of(threads):
+    """``cuda.jit`` for blocks of so many threads at most; the simulator does not know the option."""
+    return cuda.jit if SIMULATOR else functools.partial(cuda.jit, launch_bounds=threads)
+
+
+@device
+def row_at(matrix, i):
+    """Row i of a matrix."""
+    return matrix[0] + i * matrix[1], matrix[2], matrix[3]
+
+
+@device
+def given(array):
+    """Whether an array is."""
+    return array[0] != 0
+
+
+@device
+def weight_at(weights, i):
+    return np.float64(load_real(weights[0] + i * weights[1], weights[2])) if given(weights) else 1.0
+
+
+@device
+def label_at(labels, i):
+    return np.int64(load_stored(labels[0] + i * labels[1], labels[2])) if given(labels) else np.int64(0)
+
+
+@device
+def report(status, i, code, detail):
+    """status[i] = (code, detail), if there is one; for one thread."""
+    if status != 0:
+        store_stored(status + 16 * i, np.int64(code))
+        store_stored(status + 16 * i + 8, np.int64(detail))
+
+
+@device
+def write_results(results, i, loss, ce, kl):
+    """The results [B] of row i; for one thread."""
+    store_stored(results[0] + 8 * i, loss)
+    store_stored(results[1] + 8 * i, ce)
+    store_stored(results[2] + 8 * i, kl)
+
+
+@device
+def factors_of(scale, alpha, kd_scale, temperature, z_s, z_h, z_t):
+    """(hard, soft_q, soft_p) of forward KL, in float64."""
+    soft = scale * (1.0 - alpha) * kd_scale / temperature
+    return scale * alpha / z_h, soft / z_s, soft / z_t
+
+
+@device
+def masked_or_bad(labels, weights, ignore_index, label, weight, size):
+    """(whether a row is masked, the code of what is wrong with its label or weight, its detail)."""
+    if weight == 0.0 or (given(labels) and label == ignore_index):
+        return True, OK, np.int64(0)
+    if not 0.0 < weight < math.inf:
+        return False, WEIGHT, np.int64(0)
+    if given(labels) and not 0 <= label < size:
+        return False, LABEL, label
+    return False, OK, np.int64(0)
 
 
 @cuda.jit(device=True)
-def _report(status, i, code, detail):
-    """status[i] = (code, detail), by one thread."""
-    if status.shape[0] > 0 and cuda.threadIdx.x == 0:
-        status[i, 0] = code
-        status[i, 1] = detail
-
-
-@cuda.jit(device=True)
-def _usable(x, argument, status, i, shared):
-    """The maximum of x [V], and whether the row can be used; what is wrong with it goes into status[i]."""
-    m, condition, v = max_row(x, shared)
-    if condition != OK:
-        _report(status, i, argument + condition, v)
-    return m, condition == OK
-
-
-@cuda.jit(device=True)
-def _write_row(i, loss_i, ce_i, kl_i, loss, ce, kl):
-    """The results [B] of row i, by one thread."""
+def report_unusable(i, s, t, size, student_is_bad, status, shared):
+    """What is wrong with the logits of a row that has no softmaxes."""
+    row = s if student_is_bad else t
+    condition, v = condition_of(first_bad_class(row, np.int64(0), size, shared), size)
     if cuda.threadIdx.x == 0:
-        loss[i] = loss_i
-        ce[i] = ce_i
-        kl[i] = kl_i
+        report(status, i, (STUDENT if student_is_bad else TEACHER) + condition, v)
 
 
-def _kd_kernel(soft_sums, soft_classes, has_gradient_at_inf):
-    """The kernel of one divergence, from its two device functions and whether it has a gradient where it is +inf."""
+def _kd_kernel(parts, term, slope, wide):
+    soft, hard, _ = parts
+    two_formulas = term is not None
+    stage = stages(parts, term, slope)
+    rates_of, gather, settle, weigh, spend, spend_one = stage
 
-    @cuda.jit
+    @cuda.jit(device=True)
+    def sums_of(s, t, size, rates, tags, adjacent, whole, like):
+        """A thread's sums."""
+        sums = no_sums(like)
+        a, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
+        step = 8 * cuda.blockDim.x
+        if whole:
+            while a + gap + 4 <= size:
+                x = octet_of(s, a, a + gap, size, True, like)
+                y = x
+                if soft:
+                    y = octet_of(t, a, a + gap, size, True, like)
+                sums = gather(sums, x, y, rates, tags)
+                a += step
+        while a < size:
+            x = octet_of(s, a, a + gap, size, False, like)
+            y = x
+            if soft:
+                y = octet_of(t, a, a + gap, size, False, like)
+            sums = gather(sums, x, y, rates, tags)
+            a += step
+        return sums
+
+    @cuda.jit(device=True)
+    def weights_of(s, t, size, maxima, rates, tags, softmaxes, adjacent, whole, like):
+        """A thread's sums of terms and slopes."""
+        value, mean = np.float64(0), np.float64(0)
+        a, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
+        step = 8 * cuda.blockDim.x
+        while a < size:
+            inside = whole and a + gap + 4 <= size
+            x = octet_of(s, a, a + gap, size, inside, like)
+            y = octet_of(t, a, a + gap, size, inside, like)
+            value, mean = weigh(value, mean, x, y, a, a + gap, size, maxima, rates, tags, softmaxes)
+            a += step
+        return value, mean
+
+    @device
+    def spend_octet(w, low, s, t, g, a, b, size, maxima, rates, tags, factors, ratio, softmaxes, whole, like):
+        """The gradient of an octet is written; (w, low) and its part of the moment."""
+        x = octet_of(s, a, b, size, whole, like)
+        y = x
+        if soft:
+            y = octet_of(t, a, b, size, whole, like)
+        z, part = spend(x, y, maxima, rates, tags, factors, ratio, softmaxes)
+        if g[0] != 0:
+            write_octet(g, a, b, size, whole, z)
+        if soft and not two_formulas:
+            w, low = carry(w, low, part)
+        return w, low
+
+    @cuda.jit(device=True)
+    def spend_row(s, t, g, size, maxima, rates, tags, factors, ratio, softmaxes, adjacent, whole, like):
+        """The gradient is written, but for what the label adds; a thread's (w, low)."""
+        w, low = cast(0, like), cast(0, like)
+        start, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
+        step = 8 * cuda.blockDim.x
+        # Backwards, because the last classes were read last and are still in the cache.
+        a = start + (size - 1 - start) // step * step
+        while a >= 0 and not (whole and a + gap + 4 <= size):
+            w, low = spend_octet(
+                w, low, s, t, g, a, a + gap, size, maxima, rates, tags, factors, ratio, softmaxes, False, like
+            )
+            a -= step
+        while a >= 0:
+            w, low = spend_octet(
+                w, low, s, t, g, a, a + gap, size, maxima, rates, tags, factors, ratio, softmaxes, True, like
+            )
+            a -= step
+        return w, low
+
+    @kernel_of(most_threads(wide, parts.power == 0))
     def kernel(
         student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
-        c, like, gradient, loss, ce, kl, status,
+        c, size, like, gradient, results, status,
     ):  # fmt: skip
-        """student, teacher, gradient [B, V]; labels, weights, loss, ce, kl [B]; denominator [1]; status [B, 2].
+        """student, teacher, gradient: matrices [B, size]; labels, weights: vectors [B]; denominator: address of [1].
 
         alpha CE + (1 - alpha) kd_scale D(p, q), its parts and its gradient; c is the parameter of D.
         """
-        shared = cuda.shared.array((3, THREADS), float64)
-        i = cuda.blockIdx.x
-        with_gradient = gradient.shape[0] > 0
-        weight = np.float64(weights[i]) if weights.size > 0 else 1.0
-        label = np.int64(labels[i]) if labels.size > 0 else 0
-        if weight == 0.0 or (labels.size > 0 and label == ignore_index):
-            _write_row(i, 0.0, 0.0, 0.0, loss, ce, kl)
-            _report(status, i, OK, 0)
-            if with_gradient:
-                fill_row(gradient[i], 0.0)
+        shared = cuda.shared.array(SCRATCH, float64)
+        i = np.int64(cuda.blockIdx.x)
+        first = cuda.threadIdx.x == 0
+        s, t, g = row_at(student, i), row_at(teacher, i), row_at(gradient, i)
+        if not given(gradient):
+            g = gradient[0], gradient[2], gradient[3]
+        weight, label = weight_at(weights, i), label_at(labels, i)
+        masked, code, detail = masked_or_bad(labels, weights, ignore_index, label, weight, size)
+        if masked or code != OK:
+            if first:
+                value = 0.0 if masked else math.nan
+                write_results(results, i, value, value, value)
+                report(status, i, code, detail)
+            if given(gradient):
+                fill_row(g, np.int64(0), size, 0.0 if masked else math.nan)
             return
 
-        m_s, m_t, good = 0.0, 0.0, True
-        if not 0.0 < weight < math.inf:
-            good = False
-            _report(status, i, WEIGHT, 0)
-        elif labels.size > 0 and not 0 <= label < student.shape[1]:
-            good = False
-            _report(status, i, LABEL, label)
-        else:
-            m_s, good = _usable(student[i], STUDENT, status, i, shared)
-            if good and alpha < 1.0:
-                m_t, good = _usable(teacher[i], TEACHER, status, i, shared)
-        if not good:
-            _write_row(i, math.nan, math.nan, math.nan, loss, ce, kl)
-            if with_gradient:
-                fill_row(gradient[i], math.nan)
+        tags = s[2], t[2]
+        rates = rates_of(temperature, teacher_temperature, like)
+        adjacent = itemsize(s[2]) == 2 or (soft and itemsize(t[2]) == 2)
+        whole = whole_octets(s) and (not soft or whole_octets(t))
+        sums = sums_of(s, t, size, rates, tags, adjacent, whole, like)
+        maxima = block_maxima(sums[0], sums[5], shared)
+        z_s, low_s, z_h, low_h, z_t, low_t = settle(sums, maxima, rates, tags)
+        row_s, row_h, row_t = block_sums(z_s, low_s, z_h, low_h, z_t, low_t, shared)
+        if not (is_usable(row_s) and (not soft or is_usable(row_t))):
+            if first:
+                write_results(results, i, math.nan, math.nan, math.nan)
+            report_unusable(i, s, t, size, not is_usable(row_s), status, shared)
+            if given(gradient):
+                fill_row(g, np.int64(0), size, math.nan)
             return
 
-        scale = weight / denominator[0]
-        ce_i, kl_i, hard, z_h = 0.0, 0.0, 0.0, 1.0
-        value, soft_q, soft_p, z_s, z_t, undefined = 0.0, 0.0, 0.0, 1.0, 1.0, False
-        if alpha > 0.0:
-            value, z_h = cross_entropy_row(student[i], label, m_s, like, shared)
-            ce_i = scale * value
-            hard = scale * alpha / z_h
-        if alpha < 1.0:
-            value, soft_q, soft_p, z_s, z_t = soft_sums(
-                student[i], teacher[i], m_s, m_t, temperature, teacher_temperature, c, like, shared
-            )
-            kl_i = scale * kd_scale * value
-            soft_q *= scale * (1.0 - alpha) * kd_scale / temperature
-            soft_p *= scale * (1.0 - alpha) * kd_scale / temperature
-            undefined = not has_gradient_at_inf and value == math.inf
-        _write_row(i, _kd_loss(ce_i, kl_i, alpha), ce_i, kl_i, loss, ce, kl)
-        _report(status, i, UNDEFINED_GRADIENT if undefined else OK, 0)
-        if with_gradient:
-            if undefined:
-                fill_row(gradient[i], math.nan)
-            else:
-                write_gradient(
-                    student[i], teacher[i], label, m_s, m_t, alpha, hard, z_h,
-                    soft_q, soft_p, z_s, z_t, temperature, teacher_temperature, c, soft_classes, like, gradient[i],
-                )  # fmt: skip
+        # What the row's sums are for when the sweep is over waits in shared memory: registers are few.
+        scale = weight / load_stored(denominator, np.float64(0))
+        if first:
+            shared[0, 0], shared[0, 1], shared[0, 2] = factors_of(
+                scale, alpha, kd_scale, temperature, row_s, row_h, row_t
+            )  # by one thread, since on many devices a division in float64 takes long
+            shared[0, 3], shared[0, 4], shared[0, 5], shared[0, 6] = row_s, row_h, row_t, scale
+            if hard:  # before the barrier behind which a gradient may take the place of the logits
+                shared[1, 0] = load_real(s[0] + label * s[1], s[2])
+                if soft:
+                    shared[1, 1] = load_real(t[0] + label * t[1], t[2])
+        cuda.syncthreads()
+        factors = (cast(shared[0, 0], like), cast(shared[0, 1], like), cast(shared[0, 2], like))
+        value, undefined = np.float64(0), False
+        softmaxes = (np.float64(0), np.float64(0), np.float64(0), np.float64(0), np.float64(0), c)
+        if two_formulas:
+            softmaxes = (
+                1.0 / row_s, 1.0 / row_t, 1.0 / HEADROOM / temperature, 1.0 / HEADROOM / teacher_temperature,
+                math.log(row_t / row_s), c,
+            )  # fmt: skip
+            value, mean = weights_of(s, t, size, maxima, rates, tags, softmaxes, adjacent, whole, like)
+            value, mean, _ = block_sums(value, 0.0, mean, 0.0, 0.0, 0.0, shared)
+            if math.isnan(value):
+                value = math.inf  # in a usable row NaN is 0 * inf: a class of p = 0 < q whose q has underflowed
+            undefined = value == math.inf
+            factor = scale * (1.0 - alpha) * kd_scale / temperature
+            factors = (factors[0], cast(factor, like), cast(factor * mean, like))
+        if undefined:
+            if given(gradient):
+                fill_row(g, np.int64(0), size, math.nan)
+        elif given(gradient) or (soft and not two_formulas):
+            ratio = cast(teacher_temperature / temperature, like)
+            if given(gradient):
+                whole = whole and whole_octets(g) and (adjacent or itemsize(g[2]) != 2)
+            w, low = spend_row(s, t, g, size, maxima, rates, tags, factors, ratio, softmaxes, adjacent, whole, like)
+            zero = cast(0, like)
+            w_row, _, _ = block_sums(w, low, zero, zero, zero, zero, shared)
+            if soft and not two_formulas:
+                value = _forward_kl_from_sums(w_row, shared[0, 5], shared[0, 3], teacher_temperature)
+            if hard and given(gradient) and first:
+                # Over what the sweep wrote, all of it before the reduction's barriers.
+                x, y = cast(shared[1, 0], like), cast(shared[1, 1], like)
+                z = cast(shared[0, 4], like)
+                of_label, _ = spend_one(zero, x, y, z, maxima, rates, tags, factors, ratio, softmaxes)
+                store_real(g[0] + label * g[1], of_label, g[2])
+        if first:
+            ce, kl = 0.0, 0.0
+            if hard:
+                ce = shared[0, 6] * cross_entropy_of(cast(shared[1, 0], like), maxima[0], shared[0, 4])
+            if soft:
+                kl = shared[0, 6] * kd_scale * value
+            write_results(results, i, _kd_loss(ce, kl, alpha), ce, kl)
+            report(status, i, UNDEFINED_GRADIENT if undefined else OK, 0)
 
     return kernel
 
 
-def kd_kernel(divergence):
-    """The KD kernel of a divergence (see :mod:`kdcore.divergences`), the same for any parameter."""
-    return _kernel_of(divergence.term, divergence.slope)
+@cache
+def kd_kernel(parts, term, slope, wide):
+    """The row kernel of an objective's parts and of its divergence's formulas, None for forward KL.
+
+    ``wide``: whether it is to work in float64.
+    """
+    return _kd_kernel(parts, term, slope, wide)
+
+
+# --- one row -------------------------------------------------------------------------------------------------------
+
+
+@device
+def _logsumexp_row(row, size, m, z, temperature, like, out):
+    if cuda.threadIdx.x == 0:
+        store_real(out[0], logsumexp_of(m, z, temperature), out[2])
+
+
+_WRITERS = {"softmax": softmax_row, "log_softmax": log_softmax_row, "logsumexp": _logsumexp_row}
 
 
 @cache
-def _kernel_of(term, slope):
-    if term is None:
-        # Of forward KL the gradient is finite even where the divergence is +inf.
-        return _kd_kernel(forward_kl_sums, forward_kl_classes, True)
-    return _kd_kernel(*two_formula_soft(bind(term), bind(slope)), False)
+def row_kernel(name, wide):
+    """The kernel of softmax, log_softmax or logsumexp; ``wide``: whether it is to work in float64."""
+    write = _WRITERS[name]
+
+    @kernel_of(most_threads(wide))
+    def kernel(logits, temperature, size, like, out, width, status):
+        """logits: matrix [B, size]; out: matrix [B, width]; a row that cannot be used becomes NaN."""
+        shared = cuda.shared.array(SCRATCH, float64)
+        i = np.int64(cuda.blockIdx.x)
+        row, to = row_at(logits, i), row_at(out, i)
+        m, z = softmax_sums(row, size, temperature, like, shared)
+        if is_usable(z):
+            if cuda.threadIdx.x == 0:
+                report(status, i, OK, 0)
+            write(row, size, m, z, temperature, like, to)
+        else:
+            report_unusable(i, row, row, size, True, status, shared)
+            fill_row(to, np.int64(0), width, math.nan)
+
+    return kernel
 
 
-@cuda.jit
-def softmax_kernel(logits, temperature, like, out, status):
-    """out [B, V] = softmax of the rows of logits [B, V] / T; a row that cannot be used becomes NaN."""
-    shared = cuda.shared.array((3, THREADS), float64)
-    i = cuda.blockIdx.x
-    _report(status, i, OK, 0)
-    m, good = _usable(logits[i], STUDENT, status, i, shared)
-    if good:
-        softmax_row(logits[i], m, temperature, like, shared, out[i])
-    else:
-        fill_row(out[i], math.nan)
-
-
-@cuda.jit
-def log_softmax_kernel(logits, temperature, like, out, status):
-    """out [B, V] = log softmax of the rows of logits [B, V] / T; a row that cannot be used becomes NaN."""
-    shared = cuda.shared.array((3, THREADS), float64)
-    i = cuda.blockIdx.x
-    _report(status, i, OK, 0)
-    m, good = _usable(logits[i], STUDENT, status, i, shared)
-    if good:
-        log_softmax_row(logits[i], m, temperature, like, shared, out[i])
-    else:
-        fill_row(out[i], math.nan)
-
-
-@cuda.jit
-def logsumexp_kernel(logits, temperature, like, out, status):
-    """out [B] = log sum exp of the rows of logits [B, V] / T; NaN for a row that cannot be used."""
-    shared = cuda.shared.array((3, THREADS), float64)
-    i = cuda.blockIdx.x
-    _report(status, i, OK, 0)
-    m, good = _usable(logits[i], STUDENT, status, i, shared)
-    value = logsumexp_row(logits[i], m, temperature, like, shared) if good else math.nan
-    if cuda.threadIdx.x == 0:
-        out[i] = from_real(value, out[i])
+# --- sums over rows ------------------------------------------------------------------------------------------------
 
 
 @cuda.jit
 def weight_sum_kernel(labels, weights, ignore_index, rows, out):
-    """out [1] = sum of weights [B] over the rows that labels [B] do not mask; one block. Either may be empty."""
-    shared = cuda.shared.array((3, THREADS), float64)
+    """out [1] = sum of the weights over the rows that the labels do not mask; one block. out: an address."""
+    shared = cuda.shared.array(SCRATCH, float64)
     total = np.float64(0)
-    i = cuda.threadIdx.x
+    i = np.int64(cuda.threadIdx.x)
     while i < rows:
-        if labels.size == 0 or labels[i] != ignore_index:
-            total += np.float64(weights[i]) if weights.size > 0 else 1.0
+        if not (given(labels) and label_at(labels, i) == ignore_index):
+            total += weight_at(weights, i)
         i += cuda.blockDim.x
-    total = block_sum(total, 0.0, 0.0, shared)[0]
+    total = block_sums(total, 0.0, 0.0, 0.0, 0.0, 0.0, shared)[0]
     if cuda.threadIdx.x == 0:
-        out[0] = total
+        store_stored(out, total)
 
 
 @cuda.jit
-def reduce_kernel(rows, out):
-    """out [K] = sums of rows [K, B], in a fixed order; one block for each."""
-    shared = cuda.shared.array((3, THREADS), float64)
-    k = cuda.blockIdx.x
+def reduce_kernel(rows, count, out):
+    """out [K] = sums of rows [K, count], in a fixed order; one block for each. Addresses of contiguous float64."""
+    shared = cuda.shared.array(SCRATCH, float64)
+    k = np.int64(cuda.blockIdx.x)
     total = np.float64(0)
-    i = cuda.threadIdx.x
-    while i < rows.shape[1]:
-        total += rows[k, i]
+    i = np.int64(cuda.threadIdx.x)
+    while i < count:
+        total += load_stored(rows + 8 * (k * count + i), np.float64(0))
         i += cuda.blockDim.x
-    total = block_sum(total, 0.0, 0.0, shared)[0]
+    total = block_sums(total, 0.0, 0.0, 0.0, 0.0, 0.0, shared)[0]
     if cuda.threadIdx.x == 0:
-        out[k] = total
+        store_stored(out + 8 * k, total)
 
 
 @cuda.jit
-def fill_kernel(out, value):
-    """out [N] = value."""
-    i = cuda.grid(1)
-    if i < out.size:
-        out[i] = value
+def fill_kernel(out, count, value):
+    """The ``count`` elements from the address ``out`` become value."""
+    i = np.int64(cuda.grid(1))
+    if i < count:
+        store_stored(out + i * itemsize(value), value)
+
+
+# --- linear layers -------------------------------------------------------------------------------------------------
 
 
 @cuda.jit
-def matmul_kernel(x, weight, out):
+def matmul_kernel(x, weight, out, inner, columns):
     """out [B, M] = x [B, K] @ weight [M, K].T, one block a row. For the simulator; hardware has cuBLAS."""
-    i = cuda.blockIdx.x
-    m = cuda.threadIdx.x
-    while m < weight.shape[0]:
+    i = np.int64(cuda.blockIdx.x)
+    m = np.int64(cuda.threadIdx.x)
+    x, out = row_at(x, i), row_at(out, i)
+    while m < columns:
         total = np.float64(0)
-        for k in range(x.shape[1]):
-            total += np.float64(x[i, k]) * np.float64(weight[m, k])
-        out[i, m] = total
+        of_m = row_at(weight, m)
+        for k in range(inner):
+            total += np.float64(load_real(x[0] + k * x[1], x[2])) * np.float64(
+                load_real(of_m[0] + k * of_m[1], of_m[2])
+            )
+        store_real(out[0] + m * out[1], total, out[2])
         m += cuda.blockDim.x
 
 
@@ -245,12 +429,15 @@ def _bias_kernel(activation):
     """The kernel that follows a matrix product, for one activation given as a device function."""
 
     @cuda.jit
-    def bias_kernel(bias, out):
-        """out [B, M] = activation(out + bias [M]), one block a row."""
-        i = cuda.blockIdx.x
-        m = cuda.threadIdx.x
-        while m < out.shape[1]:
-            out[i, m] = activation(out[i, m] + bias[m])
+    def bias_kernel(bias, out, columns):
+        """out [B, columns] = activation(out + bias [columns]), one block a row."""
+        i = np.int64(cuda.blockIdx.x)
+        m = np.int64(cuda.threadIdx.x)
+        row = row_at(out, i)
+        while m < columns:
+            place = row[0] + m * row[1]
+            x = load_real(place, row[2]) + load_real(bias[0] + m * bias[1], bias[2])
+            store_real(place, activation(x), row[2])
             m += cuda.blockDim.x
 
     return bias_kernel

@@ -1,16 +1,30 @@
-"""Launchers of the CUDA engine: storage views, streams, grids."""
+"""Launchers of the CUDA engine: what of an array a kernel takes, grids, streams."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from kdcore.cuda import kernels
-from kdcore.cuda.primitives import SIMULATOR, raw_bits
-from kdcore.cuda.streams import launch, stream_handle
+from kdcore.cuda.distillation import parts_of
+from kdcore.cuda.plans import threads_of
+from kdcore.cuda.primitives import SIMULATOR, tag_of
+from kdcore.cuda.streams import as_queue, launch
 from kdcore.errors import MissingDependencyError
 from kdcore.objective import needs_float64
 
-__all__ = ["kd_rows", "linear", "log_softmax_rows", "logsumexp_rows", "reduce_rows", "softmax_rows", "weight_sum"]
+__all__ = [
+    "fill",
+    "kd_rows",
+    "linear",
+    "log_softmax_rows",
+    "logsumexp_rows",
+    "reduce_rows",
+    "softmax_rows",
+    "weight_sum",
+]
+
+#: Threads of the kernels that are not of rows.
+_FEW = 64 if SIMULATOR else 256
 
 
 def _like(wide):
@@ -18,25 +32,43 @@ def _like(wide):
     return np.float64(0) if wide else np.float32(0)
 
 
+def _matrix(array):
+    """An array [B, V], as kernels take it; one without elements is not given."""
+    address = array.address if array.size else 0
+    return address, *array.strides, tag_of(array.dtype)
+
+
+def _vector(array):
+    """An array [B], as kernels take it; one without elements is not given."""
+    return (array.address, array.strides[0], tag_of(array.dtype)) if array.size else (0, 0, tag_of(array.dtype))
+
+
+def _start(array):
+    """The address of a contiguous array; 0 if it has no elements."""
+    return array.address if array.size else 0
+
+
+def _row_operation(name, logits, temperature, out, status, stream):
+    rows, size = logits.shape
+    wide = needs_float64((logits.dtype,), temperature)
+    arguments = _matrix(logits), float(temperature), size, _like(wide), _matrix(out), out.shape[1], _start(status)
+    threads = threads_of(size, kernels.most_threads(wide))
+    launch(kernels.row_kernel(name, wide), rows, threads, stream, *arguments)
+
+
 def softmax_rows(logits, temperature, out, status, stream):
     """out [B, V] = softmax(logits / T)."""
-    like = _like(needs_float64((logits.dtype,), temperature))
-    arguments = raw_bits(logits), float(temperature), like, raw_bits(out), status
-    launch(kernels.softmax_kernel, logits.shape[0], stream, *arguments)
+    _row_operation("softmax", logits, temperature, out, status, stream)
 
 
 def log_softmax_rows(logits, temperature, out, status, stream):
     """out [B, V] = log softmax(logits / T)."""
-    like = _like(needs_float64((logits.dtype,), temperature))
-    arguments = raw_bits(logits), float(temperature), like, raw_bits(out), status
-    launch(kernels.log_softmax_kernel, logits.shape[0], stream, *arguments)
+    _row_operation("log_softmax", logits, temperature, out, status, stream)
 
 
 def logsumexp_rows(logits, temperature, out, status, stream):
     """out [B] = log of the row sums of exp(logits / T)."""
-    like = _like(needs_float64((logits.dtype,), temperature))
-    arguments = raw_bits(logits), float(temperature), like, raw_bits(out), status
-    launch(kernels.logsumexp_kernel, logits.shape[0], stream, *arguments)
+    _row_operation("logsumexp", logits, temperature, out.reshape((out.size, 1)), status, stream)
 
 
 def kd_rows(student, teacher, labels, weights, denominator, objective, gradient, loss, ce, kl, status, stream):
@@ -45,47 +77,50 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
     Empty ``labels`` or ``weights``: none given. A gradient or status without rows: none wanted. At alpha = 1 the
     teacher is not read, at alpha = 0 labels only mask.
     """
+    rows, size = student.shape
     divergence = objective.divergence
-    temperatures = objective.temperature, objective.teacher_temperature
-    # Divergences that go by their two formulas need float64: see kdcore.cuda.rows.two_formula_soft.
-    wide = divergence.term is not None or needs_float64((student.dtype, teacher.dtype), *temperatures)
+    parts = parts_of(objective.alpha, objective.temperature)
+    temperatures = (objective.temperature, objective.teacher_temperature) if parts.soft else (1.0, 1.0)
+    term, slope = (divergence.term, divergence.slope) if parts.soft else (None, None)
+    dtypes = (student.dtype, teacher.dtype) if parts.soft else (student.dtype,)
+    # Divergences that go by their two formulas need float64: log q - log p is as large as the logits are apart, and
+    # q (log q - log p) must not lose what a float32 gradient can show.
+    wide = term is not None or needs_float64(dtypes, *temperatures)
     arguments = (
-        raw_bits(student),
-        raw_bits(teacher),
-        labels,
-        weights,
-        objective.ignore_index,
-        denominator,
+        _matrix(student),
+        _matrix(teacher if parts.soft else student),
+        _vector(labels),
+        _vector(weights),
+        int(objective.ignore_index),
+        denominator.address,
         float(objective.alpha),
         *map(float, temperatures),
         float(objective.kd_scale),
         np.float64(divergence.parameter),  # NumPy's, so that a formula may divide by 0 in the simulator too
+        size,
         _like(wide),
-        raw_bits(gradient),
-        loss,
-        ce,
-        kl,
-        status,
+        _matrix(gradient),
+        (loss.address, ce.address, kl.address),
+        _start(status),
     )
-    launch(kernels.kd_kernel(divergence), student.shape[0], stream, *arguments)
+    threads = threads_of(size, kernels.most_threads(wide, parts.power == 0))
+    launch(kernels.kd_kernel(parts, term, slope, wide), rows, threads, stream, *arguments)
 
 
 def weight_sum(labels, weights, ignore_index, rows, out, stream):
     """out[0] = sum of the weights of the rows that are not masked."""
-    launch(kernels.weight_sum_kernel, 1, stream, labels, weights, ignore_index, rows, out)
+    arguments = _vector(labels), _vector(weights), int(ignore_index), int(rows), out.address
+    launch(kernels.weight_sum_kernel, 1, _FEW, stream, *arguments)
 
 
 def reduce_rows(rows, out, stream):
     """out [K] = sums of ``rows`` [K, B]."""
-    launch(kernels.reduce_kernel, rows.shape[0], stream, rows, out)
+    launch(kernels.reduce_kernel, rows.shape[0], _FEW, stream, _start(rows), rows.shape[1], out.address)
 
 
-class _Unsynchronised:
-    """A device array as CuPy sees it: without the stream that CuPy would otherwise wait for on the host."""
-
-    def __init__(self, array):
-        self.array = array
-        self.__cuda_array_interface__ = {**array.__cuda_array_interface__, "stream": None}
+def fill(out, value, stream):
+    """All elements of a contiguous array become ``value``."""
+    launch(kernels.fill_kernel, -(-out.size // _FEW), _FEW, stream, _start(out), out.size, out.dtype.type(value))
 
 
 def _matmul(x, weight, out, stream):
@@ -96,16 +131,17 @@ def _matmul(x, weight, out, stream):
         raise MissingDependencyError(
             "matrix products on CUDA need the package CuPy: pip install kdcore[cuda]"
         ) from error
-    with cupy.cuda.ExternalStream(stream_handle(stream)):
-        x, weight, out = (cupy.asarray(_Unsynchronised(array)) for array in (x, weight, out))
+    with cupy.cuda.ExternalStream(as_queue(stream).handle):
+        x, weight, out = (cupy.asarray(array) for array in (x, weight, out))
         cupy.matmul(x, weight.T, out=out)
 
 
 def linear(x, weight, bias, activation, out, stream):
     """out [B, M] = activation(x [B, K] @ weight [M, K].T + bias [M])."""
-    rows = x.shape[0]
+    rows, columns = out.shape
     if SIMULATOR:
-        launch(kernels.matmul_kernel, rows, stream, x, weight, out)
+        arguments = _matrix(x), _matrix(weight), _matrix(out), x.shape[1], columns
+        launch(kernels.matmul_kernel, rows, _FEW, stream, *arguments)
     elif rows > 0:
         _matmul(x, weight, out, stream)
-    launch(kernels.BIAS_KERNELS[activation], rows, stream, bias, out)
+    launch(kernels.BIAS_KERNELS[activation], rows, _FEW, stream, _vector(bias), _matrix(out), columns)

@@ -1,4 +1,4 @@
-"""Arrays of the CUDA engine: Numba device arrays. :mod:`kdcore.cpu.memory` has the same functions for NumPy arrays.
+"""Arrays of the CUDA engine: :class:`DeviceArray`. :mod:`kdcore.cpu.memory` has the same functions for NumPy arrays.
 
 bfloat16 is the dtype of ``ml_dtypes`` here. Importing this module imports neither numba.cuda nor ml_dtypes.
 """
@@ -6,143 +6,213 @@ bfloat16 is the dtype of ``ml_dtypes`` here. Importing this module imports neith
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from kdcore.cuda.presence import detached, require
-from kdcore.errors import DeviceUnavailableError, DTypeError, MissingDependencyError
+from kdcore.cuda.libraries import Description, library_of
+from kdcore.cuda.presence import detached, owns
+from kdcore.errors import DTypeError, ShapeError
 
-__all__ = ["as_array", "as_rows", "element", "empty", "full", "is_writable", "overlaps", "same", "to_device", "to_host"]
+__all__ = [
+    "DeviceArray",
+    "as_array",
+    "as_rows",
+    "empty",
+    "full",
+    "hand_over",
+    "is_writable",
+    "nothing",
+    "overlaps",
+    "same",
+    "to_device",
+    "to_host",
+]
 
 
-def _bfloat16() -> np.dtype[Any]:
-    try:
-        import ml_dtypes
-    except ImportError as error:
-        raise MissingDependencyError("bfloat16 arrays need the package ml_dtypes: pip install ml_dtypes") from error
-    return np.dtype(ml_dtypes.bfloat16)
+class DeviceArray:
+    """What the engine knows of an array on a device: where it is, its shape and its dtype; and whose it is.
 
-
-def as_array(obj: Any) -> Any:
-    """``obj`` as a Numba device array with a true dtype, without a copy and without waiting for any stream.
-
-    The CUDA array interface has no name for bfloat16. PyTorch exports it as ``<V2`` (once as ``<f2``, which would be
-    read as float16), so the object's own dtype decides.
+    ``address`` and ``strides`` are in bytes, ``owner`` is the array of the caller or of the caller's library.
     """
-    require()
-    if getattr(obj, "__cuda_ndarray__", False) is True:
-        return obj
-    from numba import cuda
 
-    obj = detached(obj)
-    interface = getattr(obj, "__cuda_array_interface__", None)
-    if interface is None:
+    __slots__ = ("address", "device", "dtype", "owner", "shape", "stream", "strides", "writable")
+
+    def __init__(self, description: Description, owner: Any) -> None:
+        self.address, self.shape, self.strides, self.dtype, self.writable, self.device, self.stream = description
+        self.owner = owner
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """For libraries that are to work on it on a stream that they are told; bfloat16 as its bits."""
+        kind = "<u2" if self.dtype.name == "bfloat16" else self.dtype.str
+        place = {"data": (self.address, not self.writable), "shape": self.shape, "strides": self.strides}
+        return {**place, "typestr": kind, "version": 3}
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def _view(self, address: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> DeviceArray:
+        description = Description(address, shape, strides, self.dtype, self.writable, self.device, self.stream)
+        return DeviceArray(description, self.owner)
+
+    def __getitem__(self, key: Any) -> DeviceArray:
+        """A view, by integers and slices of the first dimensions."""
+        offset, shape, strides = 0, [], []
+        keys = key if isinstance(key, tuple) else (key,)
+        for k, n, stride in zip(keys, self.shape, self.strides, strict=False):
+            if isinstance(k, slice):
+                places = range(n)[k]
+                shape.append(len(places))
+                strides.append(stride * places.step)
+                offset += stride * places.start if places else 0
+            else:
+                offset += stride * range(n)[k]
+        rest = len(keys)
+        return self._view(self.address + offset, (*shape, *self.shape[rest:]), (*strides, *self.strides[rest:]))
+
+    def reshape(self, *shape: Any) -> DeviceArray:
+        """A view in another shape, of dimensions that can be merged without a copy."""
+        wanted = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
+        if wanted == (-1,):
+            wanted = (self.size,)
+        step = _common_step(self)
+        if step is None:
+            raise ShapeError(f"expected contiguous elements, got shape {self.shape} with strides {self.strides}")
+        strides = [step] * len(wanted)
+        for k in range(len(wanted) - 2, -1, -1):
+            strides[k] = strides[k + 1] * wanted[k + 1]
+        return self._view(self.address, tuple(wanted), tuple(strides))
+
+
+def _common_step(array: DeviceArray) -> int | None:
+    """The distance of an array's elements, if it is the same everywhere."""
+    dims = [(n, stride) for n, stride in zip(array.shape, array.strides, strict=True) if n != 1]
+    if array.size == 0 or not dims:
+        return int(array.dtype.itemsize)
+    for (_, outer), (n, inner) in pairwise(dims):
+        if outer != n * inner:
+            return None
+    return dims[-1][1]
+
+
+def as_array(obj: Any) -> DeviceArray:
+    """``obj`` as a :class:`DeviceArray`, without a copy and without waiting for any stream."""
+    if type(obj) is DeviceArray:
+        return obj
+    return describe(obj, 0)
+
+
+def describe(obj: Any, stream: int) -> DeviceArray:
+    """As :func:`as_array`, of an array that is to be used on the stream of that handle."""
+    if not owns(obj):
         raise DTypeError(f"expected an array on a CUDA device, got {type(obj).__name__}")
-    if not hasattr(cuda, "from_cuda_array_interface"):
-        raise DeviceUnavailableError("the CUDA simulator cannot read the memory of a device")
-    interface = {**interface, "stream": None}
-    dtype = None
-    if "bfloat16" in str(getattr(obj, "dtype", "")) and interface["typestr"] in ("<V2", "|V2", "<f2", "<u2"):
-        dtype = _bfloat16()
-        interface["typestr"] = "<u2"
-    elif interface["typestr"][1] == "V":
-        raise DTypeError(f"the dtype {getattr(obj, 'dtype', interface['typestr'])} is not supported")
-    array = cuda.from_cuda_array_interface(interface, owner=obj, sync=False)
-    return array if dtype is None else array.view(dtype)
+    library = library_of(obj)
+    return DeviceArray(library.describe(detached(obj), stream), obj)
 
 
 def is_writable(obj: Any) -> bool:
-    """Whether a device array may be written; JAX, for one, exports its arrays as read-only."""
-    interface = getattr(detached(obj), "__cuda_array_interface__", None)
-    return interface is None or not interface["data"][1]
+    """Whether a device array may be written; JAX's, for one, may not."""
+    return as_array(obj).writable
 
 
-def _view(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
-    """The memory of ``array`` in another shape."""
-    from numba.cuda.cudadrv import devicearray
-
-    if hasattr(devicearray, "FakeCUDAArray"):
-        base = np.lib.stride_tricks.as_strided(array._ary, shape, strides)
-        return devicearray.FakeCUDAArray(base, stream=array.stream)
-    return devicearray.DeviceNDArray(shape, strides, array.dtype, stream=array.stream, gpu_data=array.gpu_data)
-
-
-def as_rows(array: Any) -> Any:
-    """A view [B, V] of an array [..., V] whose leading dimensions merge; Numba reshapes contiguous arrays alone."""
-    *lead, width = tuple(array.shape)
-    *strides, last = tuple(array.strides)
+def as_rows(array: DeviceArray) -> DeviceArray:
+    """A view [B, V] of an array [..., V] whose leading dimensions merge."""
+    *lead, width = array.shape
+    *strides, last = array.strides
     step = next((stride for n, stride in zip(lead[::-1], strides[::-1], strict=True) if n != 1), width * last)
-    return _view(array, (math.prod(lead), width), (step, last))
+    return array._view(array.address, (math.prod(lead), width), (step, last))
 
 
-def element(array: Any, k: int) -> Any:
-    """A 0-d view of element ``k`` of a contiguous array [K]."""
-    return _view(array[k : k + 1], (), ())
+def empty(shape: Any, dtype: Any, stream: Any) -> DeviceArray:
+    """An uninitialised array, by the library and on the device of ``stream``."""
+    from kdcore.cuda.streams import as_queue
+
+    queue = as_queue(stream)
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    owner = queue.library.empty(shape, np.dtype(dtype), queue.device, queue.handle)
+    return DeviceArray(library_of(owner).describe(owner, queue.handle), owner)
 
 
-def empty(shape: Any, dtype: Any, stream: Any) -> Any:
-    """An uninitialised device array."""
-    from numba import cuda
-
-    from kdcore.cuda.streams import as_stream
-
-    return cuda.device_array(shape, dtype, stream=as_stream(stream))
+def nothing(dtype: Any, shape: tuple[int, ...] = (0,)) -> DeviceArray:
+    """An array without elements, which takes no memory."""
+    dtype = np.dtype(dtype)
+    return DeviceArray(Description(0, shape, (0,) * len(shape), dtype, True, None, None), None)
 
 
-def full(shape: Any, dtype: Any, value: Any, stream: Any) -> Any:
-    """A device array filled with ``value`` by a kernel on ``stream``. Not for bfloat16."""
-    from kdcore.cuda.kernels import fill_kernel
-    from kdcore.cuda.primitives import THREADS
-    from kdcore.cuda.streams import launch
+def full(shape: Any, dtype: Any, value: Any, stream: Any) -> DeviceArray:
+    """An array filled with ``value`` by a kernel on ``stream``. Not for bfloat16."""
+    from kdcore.cuda.launch import fill
 
+    if 0 in shape:
+        return nothing(dtype, shape)
     array = empty(shape, dtype, stream)
-    if array.size:
-        flat = _view(array, (array.size,), (array.dtype.itemsize,))
-        launch(fill_kernel, -(-array.size // THREADS), stream, flat, array.dtype.type(value))
+    fill(array, value, stream)
     return array
 
 
-def to_device(array: Any, stream: Any) -> Any:
-    """A copy of a NumPy array on the device."""
+def to_device(array: Any, stream: Any) -> DeviceArray:
+    """A copy of a NumPy array on the device, one of Numba's."""
     from numba import cuda
 
     from kdcore.cuda.streams import as_stream
 
-    return cuda.to_device(np.ascontiguousarray(array).reshape(np.shape(array)), stream=as_stream(stream))
+    contiguous = np.ascontiguousarray(array).reshape(np.shape(array))
+    return as_array(cuda.to_device(contiguous, stream=as_stream(stream)))
+
+
+def hand_over(array: DeviceArray, stream: Any) -> Any:
+    """A result as an array of the library that it was allocated by."""
+    from kdcore.cuda.streams import as_queue
+
+    library, owner = library_of(array.owner), array.owner
+    library.finish(as_queue(stream).handle)
+    base = library.describe(owner, 0)
+    if (array.address, array.shape, array.strides) == (base.address, base.shape, base.strides):
+        return owner
+    return library.view(owner, int(array.address) - int(base.address), array.shape, array.strides)
 
 
 def to_host(array: Any) -> np.ndarray:
     """A NumPy copy of a device array. Waits for all work on the device, whatever stream it is on."""
     from numba import cuda
 
+    from kdcore.cuda.primitives import SIMULATOR
+
     cuda.synchronize()
-    return array.copy_to_host()
+    array = as_array(array)
+    if not array.size:
+        return np.empty(array.shape, array.dtype)
+    if SIMULATOR:
+        return array.address.array(array.shape, array.strides, array.dtype).copy()
+    view = cuda.from_cuda_array_interface(array.__cuda_array_interface__, owner=array, sync=False)
+    return view.copy_to_host().view(array.dtype)
 
 
-def _bounds(array: Any) -> tuple[int, int]:
-    """The first byte of an array and the one after its last."""
-    address = array.ctypes.data if hasattr(array, "_ary") else array.device_ctypes_pointer.value or 0
-    low = high = address
-    for extent, stride in zip(tuple(array.shape), tuple(array.strides), strict=True):
+def _bounds(array: DeviceArray) -> tuple[int, int]:
+    """The first byte of an array and the one after its last, from the address of its first element."""
+    low = high = 0
+    for extent, stride in zip(array.shape, array.strides, strict=True):
         reach = (extent - 1) * stride
         low, high = low + min(reach, 0), high + max(reach, 0)
     return low, high + array.dtype.itemsize
 
 
-def overlaps(a: Any, b: Any) -> bool:
+def overlaps(a: DeviceArray, b: DeviceArray) -> bool:
     """Whether the byte ranges of two arrays intersect."""
     if not a.size or not b.size:
         return False
     (low_a, high_a), (low_b, high_b) = _bounds(a), _bounds(b)
-    return low_a < high_b and low_b < high_a
+    apart = int(b.address) - int(a.address)
+    return low_a < apart + high_b and apart + low_b < high_a
 
 
-def same(a: Any, b: Any) -> bool:
+def same(a: DeviceArray, b: DeviceArray) -> bool:
     """Whether two arrays are the same elements in the same order."""
-    return (_bounds(a), tuple(a.shape), tuple(a.strides), a.dtype) == (
-        _bounds(b),
-        tuple(b.shape),
-        tuple(b.strides),
-        b.dtype,
-    )
+    return (a.address, a.shape, a.strides, a.dtype) == (b.address, b.shape, b.strides, b.dtype)

@@ -15,10 +15,17 @@ def detached(obj: Any) -> Any:
     return obj.detach() if getattr(obj, "requires_grad", False) is True else obj
 
 
+#: What DLPack calls memory of a CUDA device, and such that host and device share.
+_DLPACK_CUDA = (2, 13)
+
+
 def owns(obj: Any) -> bool:
-    """Whether ``obj`` is a device array: one of Numba's (the simulator's too) or any with the CUDA array interface."""
+    """Whether ``obj`` is a device array: Numba's (the simulator's too), or of CUDA's array interface or DLPack."""
     # Numba marks its own arrays; the simulator's have no __cuda_array_interface__.
-    return getattr(obj, "__cuda_ndarray__", False) is True or hasattr(detached(obj), "__cuda_array_interface__")
+    if getattr(obj, "__cuda_ndarray__", False) is True or hasattr(detached(obj), "__cuda_array_interface__"):
+        return True
+    device = getattr(obj, "__dlpack_device__", None)
+    return device is not None and device()[0] in _DLPACK_CUDA
 
 
 @functools.cache
@@ -32,6 +39,10 @@ def available() -> str | None:
     if getattr(cuda, "implementation", "Built-in") != "NVIDIA":
         return "the package numba-cuda is not installed (pip install kdcore[cuda])"
     if config.ENABLE_CUDASIM:
+        from numba.cuda.simulator import kernel
+
+        if not hasattr(kernel.FakeCUDAModule, "shfl_xor_sync"):
+            return "Numba's CUDA simulator has no warps; the tests of kdcore teach it some, in tests/simulator.py"
         return None
     if cuda.is_available():
         return None

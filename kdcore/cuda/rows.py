@@ -1,21 +1,41 @@
 """Row functions of the CUDA engine: device functions that a whole block calls for one row, for reuse in other kernels.
 
-Letters: V classes; x, s, t rows [V] of logits in storage form (float16, float32, float64, or bfloat16 as uint16, see
-:mod:`kdcore.cuda.primitives`); d shifted logits scaled by HEADROOM, e exponentials, z their sum. What they compute is
-written in :mod:`kdcore.formulas`; here are the loops.
+What they compute is written in :mod:`kdcore.formulas`; here are the loops. A kernel that writes the softmax of each row
+and its log-sum-exp::
+
+    from numba import cuda, float64
+    from kdcore.cuda import rows
+
+    @cuda.jit
+    def kernel(logits, temperature, like, out, lse):
+        shared = cuda.shared.array(rows.SCRATCH, float64)
+        i = cuda.blockIdx.x
+        x, y = rows.row_of(logits[i]), rows.row_of(out[i])
+        m, z = rows.softmax_sums(x, logits.shape[1], temperature, like, shared)
+        rows.softmax_row(x, logits.shape[1], m, z, temperature, like, y)
+        if cuda.threadIdx.x == 0:
+            lse[i] = rows.logsumexp_of(m, z, temperature)
+
+    kernel[B, 128](logits, 2.0, np.float32(0), out, lse)
+
+``examples/cuda_kernel.py`` has another that runs.
 
 Conventions:
 
-- **Every thread of the block must call**, with the same arguments; each function leaves the block synchronised, and
-  returns the same values to every thread. ``cuda.blockDim.x`` must be a power of two.
-- ``shared``: a shared array [3, threads] of float64, the scratch of all reductions.
+- A **row** is (address, stride, tag): where its first class is and how far the next one, in bytes, and a number of its
+  storage type (see :mod:`kdcore.cuda.primitives`). :func:`row_of` makes one of an array.
+- **Every thread of the block must call**, with the same arguments; functions that take ``shared`` leave the block
+  synchronised and return the same values to every thread. ``cuda.blockDim.x`` must be a multiple of 32.
+- ``shared``: a shared float64 array of shape :data:`SCRATCH`, the scratch of all reductions.
 - ``like``: any float32 or float64 number; vectors are worked in its type. float64 for float64 rows.
-- A row is read in sweeps and exponentials are computed anew in each, so there is no scratch in global memory.
-- An ``out`` row may be the input row itself: a thread reads an element before it writes it, and no other thread
-  reads that element any more.
+- m is a row's maximum, in the type of ``like``; z the sum of exp((x - m) / T), in float64: NaN for a row with NaN or
+  +inf, 0 for a row of -inf alone. :func:`first_bad_class` says where.
+- An output row may be the input row itself: a thread reads an element before it writes it, and no other thread reads
+  that element any more.
 
-A thread adds up at most 64 elements in the type of ``like`` before the sum goes on in float64. Nothing in the order of
-additions depends on other rows, so results are reproducible bit by bit.
+A thread reads octets (see :mod:`kdcore.cuda.primitives`), by 16 bytes where the row's address and stride allow, else
+one by one: which threads have which classes depends on V alone, and so do all orders of addition. So a result is the
+same, bit by bit, whatever the alignment of its row and whatever the rows beside it.
 """
 
 import math
@@ -24,312 +44,407 @@ import numpy as np
 from numba import cuda
 
 from kdcore import formulas
-from kdcore.cuda.primitives import bind, cast, exp2_scaled, from_real, split_rate, to_real
+from kdcore.cuda.primitives import (
+    SCRATCH,
+    address_of,
+    bind,
+    cast,
+    device,
+    exp2_scaled,
+    itemsize,
+    load_octet,
+    load_real,
+    log,
+    lowest,
+    maximum,
+    split_rate,
+    store_octet,
+    store_real,
+    to_real,
+    two_sum,
+)
 from kdcore.formulas import HEADROOM
-from kdcore.rowstatus import NAN, NO_SUPPORT, OK, POSITIVE_INF
+from kdcore.rowstatus import NAN, NO_SUPPORT, POSITIVE_INF
 
 __all__ = [
-    "block_max",
-    "block_sum",
-    "cross_entropy_row",
-    "exp_sum",
+    "SCRATCH",
+    "add_octet",
+    "block_maxima",
+    "block_sums",
+    "carry",
+    "condition_of",
+    "cross_entropy_of",
+    "exponentials",
     "fill_row",
-    "forward_kl_classes",
-    "forward_kl_row",
-    "forward_kl_sums",
-    "hinton_gradient_row",
+    "first_bad_class",
+    "is_usable",
+    "largest",
     "log_softmax_row",
-    "logsumexp_row",
-    "max_row",
-    "scaled_element",
+    "logsumexp_of",
+    "octet_of",
+    "octets_of",
+    "rate_of",
+    "row_of",
+    "scaled",
+    "shifted",
     "softmax_row",
-    "two_formula_soft",
-    "write_gradient",
+    "softmax_sums",
+    "total",
+    "whole_octets",
+    "write_octet",
 ]
 
-_PART = 64
+_WARP = 32
+_ALL_LANES = 0xFFFFFFFF
 
 _scaled_logit = bind(formulas.scaled_logit)
 _rate = bind(formulas.rate)
 _log_softmax = bind(formulas.log_softmax)
-_log_ratio = bind(formulas.log_ratio)
 _cross_entropy = bind(formulas.cross_entropy)
-_forward_kl_moment = bind(formulas.forward_kl_moment)
-_forward_kl_from_sums = bind(formulas.forward_kl_from_sums)
-_kd_gradient = bind(formulas.kd_gradient)
 
 
 @cuda.jit(device=True)
-def block_sum(a, b, c, shared):
-    """The sums of a, b and c over the block, in float64 and in an order that only the block's size decides."""
-    thread = cuda.threadIdx.x
-    shared[0, thread] = a
-    shared[1, thread] = b
-    shared[2, thread] = c
+def row_of(array):
+    """The row of a 1-D array of float32, float64, float16, or the uint16 bits of bfloat16."""
+    return address_of(array), array.strides[0], array[0]
+
+
+# --- reductions of a block -----------------------------------------------------------------------------------------
+
+
+@cuda.jit(device=True)
+def block_maxima(a, b, shared):
+    """The maxima of a and of b over the block, in their type; NaN does not count."""
+    offset = _WARP // 2
+    while offset > 0:
+        a = maximum(a, cuda.shfl_xor_sync(_ALL_LANES, a, offset))
+        b = maximum(b, cuda.shfl_xor_sync(_ALL_LANES, b, offset))
+        offset //= 2
+    lane, warp = cuda.threadIdx.x % _WARP, cuda.threadIdx.x // _WARP
+    if lane == 0:
+        shared[0, warp] = a
+        shared[1, warp] = b
     cuda.syncthreads()
-    half = cuda.blockDim.x // 2
-    while half > 0:
-        if thread < half:
-            shared[0, thread] += shared[0, thread + half]
-            shared[1, thread] += shared[1, thread + half]
-            shared[2, thread] += shared[2, thread + half]
-        cuda.syncthreads()
-        half //= 2
-    a, b, c = shared[0, 0], shared[1, 0], shared[2, 0]
+    source = lane if lane < cuda.blockDim.x // _WARP else 0
+    a, b = cast(shared[0, source], a), cast(shared[1, source], b)
+    offset = _WARP // 2
+    while offset > 0:
+        a = maximum(a, cuda.shfl_xor_sync(_ALL_LANES, a, offset))
+        b = maximum(b, cuda.shfl_xor_sync(_ALL_LANES, b, offset))
+        offset //= 2
     cuda.syncthreads()  # all have read before the next reduction writes
-    return a, b, c
-
-
-@cuda.jit(device=True)
-def block_max(a, b, shared):
-    """The maxima of a and of b, numbers that are not NaN, over the block."""
-    thread = cuda.threadIdx.x
-    shared[0, thread] = a
-    shared[1, thread] = b
-    cuda.syncthreads()
-    half = cuda.blockDim.x // 2
-    while half > 0:
-        if thread < half:
-            shared[0, thread] = max(shared[0, thread], shared[0, thread + half])
-            shared[1, thread] = max(shared[1, thread], shared[1, thread + half])
-        cuda.syncthreads()
-        half //= 2
-    a, b = shared[0, 0], shared[1, 0]
-    cuda.syncthreads()
     return a, b
 
 
-@cuda.jit(device=True)
-def fill_row(row, value):
-    """row [V] = value."""
-    v = cuda.threadIdx.x
-    while v < row.size:
-        row[v] = from_real(value, row[v])
-        v += cuda.blockDim.x
+@device
+def carry(sum_, low, part):
+    """(sum_, low) + part, where low gathers what the additions lose."""
+    sum_, lost = two_sum(sum_, part)
+    return sum_, low + lost
 
 
 @cuda.jit(device=True)
-def max_row(x, shared):
-    """(maximum of x [V] in float64, condition, class): OK, or what is wrong first, at which class."""
-    m = cast(-math.inf, to_real(x[0]))
-    # The earliest bad class v of the block and its kind in one number, 2 v for NaN and 2 v + 1 for +inf.
-    first = 2 * x.size
-    v = cuda.threadIdx.x
-    while v < x.size:
-        value = to_real(x[v])
-        if value < math.inf:
-            m = max(m, value)
-        else:
-            first = min(first, 2 * v + (1 if value == math.inf else 0))
-        v += cuda.blockDim.x
-    maximum, negated = block_max(np.float64(m), -np.float64(first), shared)
-    first = np.int64(-negated)
-    if first < 2 * x.size:
-        return maximum, (POSITIVE_INF if first % 2 else NAN), first // 2
-    if maximum == -math.inf:
-        return maximum, NO_SUPPORT, 0
-    return maximum, OK, 0
+def _warp_sum(sum_, low):
+    """Of a warp, in lane 0."""
+    offset = _WARP // 2
+    while offset > 0:
+        other, other_low = (
+            cuda.shfl_xor_sync(_ALL_LANES, sum_, offset),
+            cuda.shfl_xor_sync(_ALL_LANES, low, offset),
+        )
+        sum_, lost = two_sum(sum_, other)
+        low += other_low + lost
+        offset //= 2
+    return np.float64(sum_) + np.float64(low)
 
 
 @cuda.jit(device=True)
-def scaled_element(x, v, m, like):
-    """d = HEADROOM (x[v] - m), shifted in the wider of the two types and then in the type of ``like``."""
-    value = to_real(x[v])
-    return cast(_scaled_logit(value, cast(m, value), cast(HEADROOM, like)), like)
+def block_sums(a, a_low, b, b_low, c, c_low, shared):
+    """The sums of a + a_low, b + b_low and c + c_low over the block, in float64, in an order that its size decides."""
+    a_, b_, c_ = _warp_sum(a, a_low), _warp_sum(b, b_low), _warp_sum(c, c_low)
+    lane, warp = cuda.threadIdx.x % _WARP, cuda.threadIdx.x // _WARP
+    if lane == 0:
+        shared[2, warp] = a_
+        shared[3, warp] = b_
+        shared[4, warp] = c_
+    cuda.syncthreads()
+    inside = lane < cuda.blockDim.x // _WARP
+    a_ = shared[2, lane] if inside else 0.0
+    b_ = shared[3, lane] if inside else 0.0
+    c_ = shared[4, lane] if inside else 0.0
+    offset = _WARP // 2
+    while offset > 0:
+        a_ += cuda.shfl_xor_sync(_ALL_LANES, a_, offset)
+        b_ += cuda.shfl_xor_sync(_ALL_LANES, b_, offset)
+        c_ += cuda.shfl_xor_sync(_ALL_LANES, c_, offset)
+        offset //= 2
+    cuda.syncthreads()
+    return a_, b_, c_
 
 
-@cuda.jit(device=True)
-def _split_rate(temperature, like):
+# --- octets --------------------------------------------------------------------------------------------------------
+
+
+@device
+def whole_octets(row):
+    """Whether a row can be read and written by 16 bytes."""
+    return row[1] == itemsize(row[2]) and row[0] % 16 == 0
+
+
+@device
+def octets_of(thread, threads, adjacent):
+    """(a, b - a) of a thread's first octet; its next ones are 8 ``threads`` classes further.
+
+    Adjacent ones are for rows of 16-bit elements. Others are read by 16 bytes each, next to those of the next thread.
+    """
+    if adjacent:
+        return np.int64(8) * thread, np.int64(4)
+    return np.int64(4) * thread, np.int64(4) * threads
+
+
+@device
+def _element(place, v, end, tag):
+    """Class v, which is at a place, or what adds nothing beyond the end."""
+    if v < end:
+        return load_real(place, tag)
+    return cast(-math.inf, to_real(tag))
+
+
+@device
+def _each(x, like):
+    return (
+        cast(x[0], like), cast(x[1], like), cast(x[2], like), cast(x[3], like),
+        cast(x[4], like), cast(x[5], like), cast(x[6], like), cast(x[7], like),
+    )  # fmt: skip
+
+
+@device
+def octet_of(row, a, b, end, whole, like):
+    """The classes from a and from b in the type of ``like``; -inf from class ``end`` on, unless ``whole``."""
+    if whole:
+        return _each(load_octet(row[0], a, b, row[2]), like)
+    step, tag = row[1], row[2]
+    p, q = row[0] + a * step, row[0] + b * step
+    return _each(
+        (
+            _element(p, a, end, tag), _element(p + step, a + 1, end, tag),
+            _element(p + 2 * step, a + 2, end, tag), _element(p + 3 * step, a + 3, end, tag),
+            _element(q, b, end, tag), _element(q + step, b + 1, end, tag),
+            _element(q + 2 * step, b + 2, end, tag), _element(q + 3 * step, b + 3, end, tag),
+        ),
+        like,
+    )  # fmt: skip
+
+
+@device
+def _put(place, v, end, x, tag):
+    if v < end:
+        store_real(place, x, tag)
+
+
+@device
+def write_octet(row, a, b, end, whole, x):
+    """The classes from a and from b become x, those from class ``end`` on are left alone, unless ``whole``."""
+    if whole:
+        store_octet(row[0], a, b, x, row[2])
+    else:
+        step, tag = row[1], row[2]
+        p, q = row[0] + a * step, row[0] + b * step
+        _put(p, a, end, x[0], tag)
+        _put(p + step, a + 1, end, x[1], tag)
+        _put(p + 2 * step, a + 2, end, x[2], tag)
+        _put(p + 3 * step, a + 3, end, x[3], tag)
+        _put(q, b, end, x[4], tag)
+        _put(q + step, b + 1, end, x[5], tag)
+        _put(q + 2 * step, b + 2, end, x[6], tag)
+        _put(q + 3 * step, b + 3, end, x[7], tag)
+
+
+@device
+def largest(x):
+    """The maximum of an octet."""
+    return maximum(maximum(maximum(x[0], x[1]), maximum(x[2], x[3])), maximum(maximum(x[4], x[5]), maximum(x[6], x[7])))
+
+
+@device
+def total(x):
+    """The sum of an octet."""
+    return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]))
+
+
+@device
+def scaled(x, m):
+    """d = HEADROOM (x - m)."""
+    return _scaled_logit(x, m, cast(HEADROOM, x))
+
+
+@device
+def shifted(x, m):
+    """d of an octet."""
+    return (
+        scaled(x[0], m), scaled(x[1], m), scaled(x[2], m), scaled(x[3], m),
+        scaled(x[4], m), scaled(x[5], m), scaled(x[6], m), scaled(x[7], m),
+    )  # fmt: skip
+
+
+@device
+def exponentials(d, rate, tag):
+    """e of an octet."""
+    return (
+        exp2_scaled(d[0], rate, tag), exp2_scaled(d[1], rate, tag), exp2_scaled(d[2], rate, tag),
+        exp2_scaled(d[3], rate, tag), exp2_scaled(d[4], rate, tag), exp2_scaled(d[5], rate, tag),
+        exp2_scaled(d[6], rate, tag), exp2_scaled(d[7], rate, tag),
+    )  # fmt: skip
+
+
+@device
+def rate_of(temperature, like):
     """What turns d into an exponent of 2, in two parts in the type of ``like``."""
     return split_rate(_rate(temperature) / HEADROOM, like)
 
 
-@cuda.jit(device=True)
-def _inverse(temperature):
-    """What turns d into (x - m) / T, in float64."""
-    return 1.0 / HEADROOM / temperature
+@device
+def add_octet(m, z, low, x, rate, tag):
+    """(m, z, low) of the classes so far and of an octet x."""
+    k = largest(x)
+    if k > m:
+        factor = exp2_scaled(scaled(m, k), rate, tag)
+        z *= factor
+        low *= factor
+        m = k
+    z, low = carry(z, low, total(exponentials(shifted(x, m), rate, tag)))
+    return m, z, low
+
+
+# --- one row -------------------------------------------------------------------------------------------------------
 
 
 @cuda.jit(device=True)
-def exp_sum(x, m, temperature, like, shared):
-    """z, the sum of exp((x - m) / T) over x [V]."""
-    high, low = _split_rate(temperature, like)
-    z = np.float64(0)
-    start = cuda.threadIdx.x
-    while start < x.size:
-        part = cast(0, like)
-        end = min(x.size, start + _PART * cuda.blockDim.x)
-        v = start
-        while v < end:
-            part += exp2_scaled(scaled_element(x, v, m, like), high, low)
-            v += cuda.blockDim.x
-        z += np.float64(part)
-        start += _PART * cuda.blockDim.x
-    return block_sum(z, 0.0, 0.0, shared)[0]
-
-
-# The soft term of a divergence is two functions. The first sweeps both rows and returns
-#
-#     (D, a, b, z_s, z_t):   D, and with a and b its gradient,   dD/d(s/T) = a g_q - b g_p
-#
-# and the second computes (g_q, g_p) of one class, from that class's d and e. What it needs of the row it is given:
-# factor = 1 / z and inverse = 1 / (HEADROOM T) of student and teacher, constant = log(z_t / z_s). c is the parameter.
-
-
-@cuda.jit(device=True)
-def forward_kl_sums(s, t, m_s, m_t, temperature, teacher_temperature, c, like, shared):
-    """KL(p || q) of rows s and t [V], with g_q = e_s and g_p = e_t."""
-    high_s, low_s = _split_rate(temperature, like)
-    high_t, low_t = _split_rate(teacher_temperature, like)
-    ratio = cast(teacher_temperature / temperature, like)
-    z_s, z_t, w = np.float64(0), np.float64(0), np.float64(0)
-    start = cuda.threadIdx.x
-    while start < s.size:
-        part_s, part_t, part_w = cast(0, like), cast(0, like), cast(0, like)
-        end = min(s.size, start + _PART * cuda.blockDim.x)
-        v = start
-        while v < end:
-            d_s, d_t = scaled_element(s, v, m_s, like), scaled_element(t, v, m_t, like)
-            e_t = exp2_scaled(d_t, high_t, low_t)
-            part_s += exp2_scaled(d_s, high_s, low_s)
-            part_t += e_t
-            part_w = _forward_kl_moment(part_w, e_t, d_t, d_s, ratio)
-            v += cuda.blockDim.x
-        z_s += np.float64(part_s)
-        z_t += np.float64(part_t)
-        w += np.float64(part_w)
-        start += _PART * cuda.blockDim.x
-    z_s, z_t, w = block_sum(z_s, z_t, w, shared)
-    return _forward_kl_from_sums(w, z_t, z_s, teacher_temperature), 1.0 / z_s, 1.0 / z_t, z_s, z_t
-
-
-@cuda.jit(device=True)
-def forward_kl_classes(d_s, d_t, e_s, e_t, factor_s, factor_t, inverse_s, inverse_t, constant, c):
-    """(g_q, g_p) of one class of forward KL, whose gradient is already a combination of exponentials."""
-    return e_s, e_t
-
-
-def two_formula_soft(term, slope):
-    """The two functions of any divergence, from its two formulas as device functions: g_q = q phi', g_p = q.
-
-    ``like`` must be float64: log q - log p is as large as the logits are apart, and q (log q - log p) must not lose
-    what a float32 gradient can show.
-    """
-
-    @cuda.jit(device=True)
-    def sums(s, t, m_s, m_t, temperature, teacher_temperature, c, like, shared):
-        high_s, low_s = _split_rate(temperature, like)
-        high_t, low_t = _split_rate(teacher_temperature, like)
-        inverse_s, inverse_t = _inverse(temperature), _inverse(teacher_temperature)
-        z_s = exp_sum(s, m_s, temperature, like, shared)
-        z_t = exp_sum(t, m_t, teacher_temperature, like, shared)
-        factor_s, factor_t, constant = 1.0 / z_s, 1.0 / z_t, math.log(z_t / z_s)
-        total, mean = np.float64(0), np.float64(0)
-        v = cuda.threadIdx.x
-        while v < s.size:
-            d_s, d_t = scaled_element(s, v, m_s, like), scaled_element(t, v, m_t, like)
-            p, q = exp2_scaled(d_t, high_t, low_t) * factor_t, exp2_scaled(d_s, high_s, low_s) * factor_s
-            r = _log_ratio(d_s, d_t, inverse_s, inverse_t, constant)
-            total += term(p, q, r, c)
-            mean += slope(p, q, r, c)
-            v += cuda.blockDim.x
-        total, mean, _ = block_sum(total, mean, 0.0, shared)
-        if math.isnan(total):
-            total = math.inf  # in a usable row NaN is 0 * inf: a class of p = 0 < q whose q has underflowed
-        return total, 1.0, mean, z_s, z_t
-
-    @cuda.jit(device=True)
-    def classes(d_s, d_t, e_s, e_t, factor_s, factor_t, inverse_s, inverse_t, constant, c):
-        q = e_s * factor_s
-        return slope(e_t * factor_t, q, _log_ratio(d_s, d_t, inverse_s, inverse_t, constant), c), q
-
-    return sums, classes
-
-
-@cuda.jit(device=True)
-def write_gradient(
-    s, t, label, m_s, m_t, alpha, hard, z_h, soft_q, soft_p, z_s, z_t, temperature, teacher_temperature, c,
-    soft_classes, like, out,
-):  # fmt: skip
-    """out [V] = hard (e_h - onehot(label) z_h) + soft_q g_q - soft_p g_p; what alpha rules out is not read.
-
-    ``soft_classes`` is the second function of a divergence, c its parameter.
-    """
-    high_h, low_h = _split_rate(1.0, like)
-    high_s, low_s = _split_rate(temperature, like)
-    high_t, low_t = _split_rate(teacher_temperature, like)
-    inverse_s, inverse_t = _inverse(temperature), _inverse(teacher_temperature)
-    factor_s, factor_t, constant = 1.0 / z_s, 1.0 / z_t, math.log(z_t / z_s)
-    hard, soft_q, soft_p = cast(hard, like), cast(soft_q, like), cast(soft_p, like)
-    v = cuda.threadIdx.x
-    while v < out.size:
-        d_s = scaled_element(s, v, m_s, like)
-        e_h, g_q, g_p = cast(0, like), cast(0, like), cast(0, like)
-        if alpha > 0.0:
-            e_h = exp2_scaled(d_s, high_h, low_h)
-            if v == label:
-                e_h = cast(np.float64(e_h) - z_h, like)
-        if alpha < 1.0:
-            d_t = scaled_element(t, v, m_t, like)
-            e_s = exp2_scaled(d_s, high_s, low_s)
-            e_t = exp2_scaled(d_t, high_t, low_t)
-            g_q, g_p = soft_classes(d_s, d_t, e_s, e_t, factor_s, factor_t, inverse_s, inverse_t, constant, c)
-        out[v] = from_real(_kd_gradient(e_h, g_q, g_p, hard, soft_q, soft_p), out[v])
-        v += cuda.blockDim.x
-
-
-# The operations one at a time, for other kernels. The rows must be OK, and the m their maxima, as max_row returns them.
-
-
-@cuda.jit(device=True)
-def logsumexp_row(x, m, temperature, like, shared):
-    """log of the sum of exp(x / T) over x [V], in float64."""
-    return m / temperature + math.log(exp_sum(x, m, temperature, like, shared))
-
-
-@cuda.jit(device=True)
-def softmax_row(x, m, temperature, like, shared, out):
-    """out [V] = softmax(x / T)."""
-    z = cast(exp_sum(x, m, temperature, like, shared), like)
-    high, low = _split_rate(temperature, like)
-    v = cuda.threadIdx.x
-    while v < x.size:
-        out[v] = from_real(exp2_scaled(scaled_element(x, v, m, like), high, low) / z, out[v])
+def fill_row(row, begin, end, value):
+    """The classes from begin on, before end, become value."""
+    v = begin + cuda.threadIdx.x
+    while v < end:
+        store_real(row[0] + v * row[1], value, row[2])
         v += cuda.blockDim.x
 
 
 @cuda.jit(device=True)
-def log_softmax_row(x, m, temperature, like, shared, out):
-    """out [V] = log softmax(x / T)."""
-    log_z = math.log(exp_sum(x, m, temperature, like, shared))
-    inverse = _inverse(temperature)
-    v = cuda.threadIdx.x
-    while v < x.size:
-        out[v] = from_real(_log_softmax(np.float64(scaled_element(x, v, m, like)), inverse, log_z), out[v])
+def first_bad_class(row, begin, end, shared):
+    """Twice the first class that is NaN or +inf, and one more if it is +inf; 2 end if there is none."""
+    first = 2 * end
+    v = begin + cuda.threadIdx.x
+    while v < end:
+        value = load_real(row[0] + v * row[1], row[2])
+        if not value < math.inf:
+            first = min(first, 2 * v + (1 if value == math.inf else 0))
         v += cuda.blockDim.x
+    negated, _ = block_maxima(-np.float64(first), 0.0, shared)
+    return np.int64(-negated)
+
+
+@device
+def condition_of(first, end):
+    """(condition, class) of :mod:`kdcore.rowstatus`, from what first_bad_class found of a row that is not usable."""
+    if first < 2 * end:
+        return (POSITIVE_INF if first % 2 == 1 else NAN), first // 2
+    return NO_SUPPORT, np.int64(0)
+
+
+@device
+def is_usable(z):
+    """Whether a row has a softmax, from its z."""
+    return z > 0.0
 
 
 @cuda.jit(device=True)
-def cross_entropy_row(s, label, m, like, shared):
-    """(-log softmax(s)[label], z at T = 1) of a row s [V]."""
-    z = exp_sum(s, m, 1.0, like, shared)
-    loss = _cross_entropy(np.float64(scaled_element(s, label, m, like)), z)
-    cuda.syncthreads()  # all have read the label's logit before a gradient overwrites it in place
-    return loss, z
+def softmax_sums(row, size, temperature, like, shared):
+    """(m, z) of a row of ``size`` classes."""
+    rate = rate_of(temperature, like)
+    m, z, low = cast(lowest(like), like), cast(0, like), cast(0, like)
+    adjacent = itemsize(row[2]) == 2
+    a, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
+    step = 8 * cuda.blockDim.x
+    if whole_octets(row):
+        while a + gap + 4 <= size:
+            m, z, low = add_octet(m, z, low, octet_of(row, a, a + gap, size, True, like), rate, row[2])
+            a += step
+    while a < size:
+        m, z, low = add_octet(m, z, low, octet_of(row, a, a + gap, size, False, like), rate, row[2])
+        a += step
+    m_row, _ = block_maxima(m, m, shared)
+    factor = exp2_scaled(scaled(m, m_row), rate, row[2])
+    zero = cast(0, like)
+    z_row, _, _ = block_sums(z * factor, low * factor, zero, zero, zero, zero, shared)
+    return m_row, z_row
 
 
-@cuda.jit(device=True)
-def forward_kl_row(s, t, m_s, m_t, temperature, like, shared):
-    """KL(softmax(t/T) || softmax(s/T)) of rows s and t [V], without T²."""
-    return forward_kl_sums(s, t, m_s, m_t, temperature, temperature, 0.0, like, shared)[0]
+@device
+def logsumexp_of(m, z, temperature):
+    """log of the sum of exp(x / T), in float64."""
+    return np.float64(m) / temperature + log(z)
 
 
-@cuda.jit(device=True)
-def hinton_gradient_row(s, t, m_s, m_t, temperature, like, shared, out):
-    """out [V] = T (softmax(s/T) - softmax(t/T)), the gradient of T² KL by s."""
-    z_s = exp_sum(s, m_s, temperature, like, shared)
-    z_t = exp_sum(t, m_t, temperature, like, shared)
-    write_gradient(
-        s, t, 0, m_s, m_t, 0.0, 0.0, 1.0, temperature / z_s, temperature / z_t, z_s, z_t, temperature, temperature, 0.0,
-        forward_kl_classes, like, out,
+@device
+def cross_entropy_of(x, m, z):
+    """-log softmax of a class with the logit x, from the row's sums at T = 1; in float64."""
+    return _cross_entropy(np.float64(scaled(x, m)), z)
+
+
+@device
+def _softmax_octet(x, m, factor, rate, tag):
+    e = exponentials(shifted(x, m), rate, tag)
+    return (
+        e[0] * factor, e[1] * factor, e[2] * factor, e[3] * factor,
+        e[4] * factor, e[5] * factor, e[6] * factor, e[7] * factor,
     )  # fmt: skip
+
+
+@device
+def _log_softmax_octet(x, m, inverse, log_z, tag):
+    d = shifted(x, m)
+    return (
+        _log_softmax(d[0], inverse, log_z), _log_softmax(d[1], inverse, log_z),
+        _log_softmax(d[2], inverse, log_z), _log_softmax(d[3], inverse, log_z),
+        _log_softmax(d[4], inverse, log_z), _log_softmax(d[5], inverse, log_z),
+        _log_softmax(d[6], inverse, log_z), _log_softmax(d[7], inverse, log_z),
+    )  # fmt: skip
+
+
+def _row_writer(octet):
+    """The function that writes a row by octets, each from octet(x, m, a, b, tag)."""
+
+    @cuda.jit(device=True)
+    def write(row, size, m, first, second, like, out):
+        adjacent = itemsize(row[2]) == 2
+        start, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
+        step = 8 * cuda.blockDim.x
+        whole_out = whole_octets(row) and whole_octets(out) and (adjacent or itemsize(out[2]) != 2)
+        # Backwards, because the last classes were read last and are still in the cache.
+        a = start + (size - 1 - start) // step * step
+        while a >= 0 and not (whole_out and a + gap + 4 <= size):
+            x = octet_of(row, a, a + gap, size, False, like)
+            write_octet(out, a, a + gap, size, False, octet(x, m, first, second, row[2]))
+            a -= step
+        while a >= 0:
+            x = octet_of(row, a, a + gap, size, True, like)
+            write_octet(out, a, a + gap, size, True, octet(x, m, first, second, row[2]))
+            a -= step
+
+    return write
+
+
+_write_softmax = _row_writer(_softmax_octet)
+_write_log_softmax = _row_writer(_log_softmax_octet)
+
+
+@device
+def softmax_row(row, size, m, z, temperature, like, out):
+    """The row ``out`` becomes softmax(x / T), from the sums of x."""
+    _write_softmax(row, size, m, cast(1.0 / z, like), rate_of(temperature, like), like, out)
+
+
+@device
+def log_softmax_row(row, size, m, z, temperature, like, out):
+    """The row ``out`` becomes log softmax(x / T), from the sums of x."""
+    inverse = cast(1.0 / HEADROOM / temperature, like)
+    _write_log_softmax(row, size, m, inverse, cast(log(z), like), like, out)

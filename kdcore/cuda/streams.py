@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 from numba import cuda
 
-from kdcore.cuda.primitives import SIMULATOR, THREADS
-from kdcore.errors import DTypeError
+from kdcore.cuda.libraries import Library, library_of
+from kdcore.cuda.memory import describe
+from kdcore.cuda.primitives import SIMULATOR
+from kdcore.errors import DeviceMismatchError, DTypeError
 
-__all__ = ["as_stream", "launch", "stream_handle"]
+__all__ = ["Queue", "as_queue", "as_stream", "launch", "queue_of", "stream_handle", "synchronize"]
+
+_NUMBA = Library()
+
+
+class Queue(NamedTuple):
+    """Where a call is worked: on a stream of a device. ``library`` allocates its results."""
+
+    handle: int
+    device: int | None
+    library: Library
+    #: A Numba stream, or 0, which is Numba's default stream.
+    stream: Any
 
 
 def stream_handle(stream: Any) -> int:
     """The CUstream of a stream of Numba, PyTorch, CuPy or ``__cuda_stream__``, or of an int; 0 (default) for None."""
     if stream is None:
         return 0
+    if isinstance(stream, Queue):
+        return stream.handle
     if isinstance(stream, int) and not isinstance(stream, bool):
         return stream
     for name in ("cuda_stream", "ptr"):  # PyTorch, CuPy
@@ -27,6 +44,8 @@ def stream_handle(stream: Any) -> int:
         return int(stream.__cuda_stream__()[1])
     if hasattr(stream, "handle"):  # a Numba stream before numba-cuda had __cuda_stream__
         return int(getattr(stream.handle, "value", stream.handle) or 0)
+    if SIMULATOR and hasattr(stream, "auto_synchronize"):
+        return 0
     raise DTypeError(
         "stream must be None, an integer, a stream of Numba, PyTorch or CuPy, or have __cuda_stream__, "
         f"got {type(stream).__name__}"
@@ -41,23 +60,59 @@ def _external(handle: int) -> Any:
 
 def as_stream(stream: Any) -> Any:
     """The stream to launch on: a Numba stream, or 0, which is Numba's default stream."""
+    if isinstance(stream, Queue):
+        return stream.stream
     if stream is None or hasattr(stream, "auto_synchronize"):  # Numba's own, and the simulator's
         return 0 if stream is None else stream
     handle = stream_handle(stream)
     return 0 if handle == 0 or SIMULATOR else _external(handle)
 
 
-def _configured(kernel: Any, blocks: int, stream: Any) -> Any:
+def synchronize(handle: int) -> None:
+    """Wait for what is on a stream."""
+    (as_stream(handle) or cuda.default_stream()).synchronize()
+
+
+def as_queue(stream: Any) -> Queue:
+    """The queue of a stream alone, on the current device; a queue as it is."""
+    if isinstance(stream, Queue):
+        return stream
+    return Queue(stream_handle(stream), None, _NUMBA, as_stream(stream))
+
+
+def queue_of(arrays: dict[str, Any], stream: Any) -> Queue:
+    """The queue of a call with these device arrays, by name, the first being the one whose library counts.
+
+    Without a ``stream``, it is the one that the library's user is on, else the one that an array was made on.
+    """
+    found = {name: describe(obj, stream_handle(stream)) for name, obj in arrays.items() if obj is not None}
+    devices = {name: array.device for name, array in found.items() if array.device is not None}
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} on device {device}" for name, device in devices.items())
+        raise DeviceMismatchError(f"arrays must be on one device: {places}")
+    device = next(iter(devices.values()), None)
+    library = library_of(next(iter(arrays.values())))
+    if stream is None:
+        handle = library.current_stream(device)
+        if handle is None:
+            handle = next((array.stream for array in found.values() if array.stream is not None), 0)
+        return Queue(handle, device, library, as_stream(handle))
+    return Queue(stream_handle(stream), device, library, as_stream(stream))
+
+
+def _configured(kernel: Any, blocks: int, threads: int, stream: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Grid size")  # a batch is as small as it is
-        return kernel[blocks, THREADS, stream]
+        return kernel[blocks, threads, stream]
 
 
 if not SIMULATOR:  # whose kernels keep their last configuration in themselves
     _configured = functools.lru_cache(maxsize=512)(_configured)
 
 
-def launch(kernel: Any, blocks: int, stream: Any, *arguments: Any) -> None:
+def launch(kernel: Any, blocks: int, threads: int, stream: Any, *arguments: Any) -> None:
     """Run ``kernel`` with so many blocks; CUDA takes no grid without any, so none run for 0."""
     if blocks > 0:
-        _configured(kernel, blocks, as_stream(stream))(*arguments)
+        queue = as_queue(stream)
+        with nullcontext() if queue.device is None else cuda.gpus[queue.device]:
+            _configured(kernel, blocks, threads, queue.stream)(*arguments)

@@ -1,0 +1,486 @@
+"""What kernels need beyond Numba's own functions, for hardware: memory by address, single instructions, typed choices.
+
+:mod:`kdcore.cuda.simulated` has the same names for Numba's simulator; :mod:`kdcore.cuda.primitives` has what each does,
+and takes one of the two.
+"""
+
+import functools
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import cuda, types
+
+from kdcore.formulas import bound, fma
+
+try:
+    from numba.cuda.extending import intrinsic, overload
+except ImportError:  # an older numba-cuda, or the numba.cuda within numba
+    from numba.extending import intrinsic, overload as _overload
+
+    overload = functools.partial(_overload, target="cuda")
+
+_I64, _I32, _I16 = (ir.IntType(bits) for bits in (64, 32, 16))
+_LN2 = math.log(2.0)
+
+
+def device(function):
+    """A device function that uses nothing of ``cuda``."""
+    return cuda.jit(device=True)(function)
+
+
+def _instruction(text, result, operands, effects, constraints):
+    """Inline assembly. With ``effects`` its place among others, and in memory, is kept."""
+    return ir.InlineAsm(ir.FunctionType(result, operands), text, constraints, side_effect=effects)
+
+
+# --- formulas ------------------------------------------------------------------------------------------------------
+
+
+def _where(condition, x, y):
+    """``x`` where the condition holds, else ``y``, in the working type. For compiled code only."""
+    raise TypeError("where is for compiled code")
+
+
+@overload(_where)
+def _select(condition, x, y):
+    # Of two types one is that of a constant: an integer, or float64, which must not widen a float32 sweep.
+    if _constant_rank(x) < _constant_rank(y):
+        return lambda condition, x, y: x if condition else type(x)(y)
+    return lambda condition, x, y: type(y)(x) if condition else y
+
+
+def _constant_rank(number):
+    """A number type's place among the types of what a formula works with; the last are those of constants."""
+    return (not isinstance(number, types.Float), number.bitwidth)
+
+
+@cuda.jit(device=True)
+def _exprel(x):
+    """(exp(x) - 1) / x, 1 at 0."""
+    return math.expm1(x) / x if x != 0 else type(x)(1)
+
+
+_fma = cuda.jit(device=True)(fma)  # the compiler makes one instruction of it
+
+
+def bind(formula):
+    functions = {"where": _where, "fma": _fma, "log": math.log, "exp": math.exp, "exprel": _exprel}
+    return cuda.jit(device=True)(bound(formula, functions))
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def address_of(context, array):
+    def code(context, builder, signature, arguments):
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        return builder.ptrtoint(array.data, _I64)
+
+    return types.int64(array), code
+
+
+#: By storage type, the type of an instruction, the register's constraint and its LLVM type.
+_STORED = {
+    types.float32: ("f32", "f", ir.FloatType()),
+    types.float64: ("f64", "d", ir.DoubleType()),
+    types.float16: ("b16", "h", _I16),
+    types.uint16: ("u16", "h", _I16),
+    types.int16: ("s16", "h", _I16),
+    types.int32: ("s32", "r", _I32),
+    types.uint32: ("u32", "r", _I32),
+    types.int64: ("s64", "l", _I64),
+    types.uint64: ("u64", "l", _I64),
+    types.int8: ("s8", "h", _I16),
+    types.uint8: ("u8", "h", _I16),
+}
+
+
+@intrinsic
+def _load(context, address, tag):
+    name, letter, register = _STORED[tag]
+    bits = types.uint16 if tag == types.float16 else tag
+
+    def code(context, builder, signature, arguments):
+        instruction = _instruction(f"ld.global.{name} $0, [$1];", register, [_I64], True, f"={letter},l")
+        value = builder.call(instruction, arguments[:1])
+        return builder.trunc(value, ir.IntType(8)) if tag.bitwidth == 8 else value
+
+    return bits(types.int64, tag), code
+
+
+@intrinsic
+def _store(context, address, value):
+    name, letter, register = _STORED[value]
+
+    def code(context, builder, signature, arguments):
+        builder.call(
+            _instruction(f"st.global.{name} [$0], $1;", ir.VoidType(), [_I64, register], True, f"l,{letter}"), arguments
+        )
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value), code
+
+
+def _vector_load(name, letter, register, number, count):
+    registers = ", ".join(f"${k}" for k in range(count))
+    text = f"ld.global.L1::no_allocate.v{count}.{name} {{{registers}}}, [${count}];"
+
+    @intrinsic
+    def load_vector(context, address):
+        signature = types.UniTuple(number, count)(types.int64)
+
+        def code(context, builder, signature, arguments):
+            struct = ir.LiteralStructType([register] * count)
+            instruction = _instruction(text, struct, [_I64], True, ",".join([f"={letter}"] * count + ["l"]))
+            values = builder.call(instruction, arguments)
+            parts = [builder.extract_value(values, k) for k in range(count)]
+            return context.make_tuple(builder, signature.return_type, parts)
+
+        return signature, code
+
+    return load_vector
+
+
+load_words = _vector_load("b32", "r", _I32, types.uint32, 4)
+_load_doubles = _vector_load("f64", "d", ir.DoubleType(), types.float64, 2)
+
+
+@intrinsic
+def _store_words(context, address, a, b, c, d):
+    def code(context, builder, signature, arguments):
+        text = "st.global.cs.v4.b32 [$0], {$1, $2, $3, $4};"
+        builder.call(_instruction(text, ir.VoidType(), [_I64] + [_I32] * 4, True, "l,r,r,r,r"), arguments)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, *[types.uint32] * 4), code
+
+
+@intrinsic
+def _store_doubles(context, address, a, b):
+    def code(context, builder, signature, arguments):
+        double = ir.DoubleType()
+        text = "st.global.cs.v2.f64 [$0], {$1, $2};"
+        builder.call(_instruction(text, ir.VoidType(), [_I64, double, double], True, "l,d,d"), arguments)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float64, types.float64), code
+
+
+@intrinsic
+def add_release(context, address, value):
+    def code(context, builder, signature, arguments):
+        text, constraints = "atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;", "=r,l,r,~{memory}"
+        return builder.call(_instruction(text, _I32, [_I64, _I32], True, constraints), arguments)
+
+    return types.int32(types.int64, types.int32), code
+
+
+@intrinsic
+def load_acquire(context, address):
+    def code(context, builder, signature, arguments):
+        text, constraints = "ld.acquire.gpu.global.u32 $0, [$1];", "=r,l,~{memory}"
+        return builder.call(_instruction(text, _I32, [_I64], True, constraints), arguments)
+
+    return types.int32(types.int64), code
+
+
+@intrinsic
+def pause(context):
+    def code(context, builder, signature, arguments):
+        builder.call(_instruction("nanosleep.u32 64;", ir.VoidType(), [], True, ""), [])
+        return context.get_dummy_value()
+
+    return types.void(), code
+
+
+# --- storage forms -------------------------------------------------------------------------------------------------
+
+
+def _bits(function_name, result, operand, register):
+    @intrinsic
+    def reinterpret(context, x):
+        return result(operand), lambda context, builder, signature, arguments: builder.bitcast(arguments[0], register)
+
+    reinterpret.__name__ = function_name
+    return reinterpret
+
+
+_float_of = _bits("float_of", types.float32, types.uint32, ir.FloatType())
+_word_of = _bits("word_of", types.uint32, types.float32, _I32)
+
+
+@intrinsic
+def _half_of(context, word):
+    """The float16 in the low half of a word, as float32."""
+
+    def code(context, builder, signature, arguments):
+        half = builder.trunc(arguments[0], _I16)
+        return builder.call(_instruction("cvt.f32.f16 $0, $1;", ir.FloatType(), [_I16], False, "=f,h"), [half])
+
+    return types.float32(types.uint32), code
+
+
+def _pack(text, constraints="=r,f,f"):
+    @intrinsic
+    def pack(context, low, high):
+        def code(context, builder, signature, arguments):
+            real = ir.FloatType()
+            return builder.call(_instruction(text, _I32, [real, real], False, constraints), arguments)
+
+        return types.uint32(types.float32, types.float32), code
+
+    return pack
+
+
+# Two float32 to nearest even. The pair of bfloat16 is an instruction from compute capability 8.0.
+_pack_bfloat16 = _pack("cvt.rn.bf16x2.f32 $0, $2, $1;")
+_pack_float16 = _pack("{ .reg .b16 l, h; cvt.rn.f16.f32 l, $1; cvt.rn.f16.f32 h, $2; mov.b32 $0, {l, h}; }")
+
+
+def to_real(x):
+    raise TypeError("to_real is for compiled code")
+
+
+@overload(to_real)
+def _to_real(x):
+    if x == types.uint16:
+        return lambda x: _float_of(np.uint32(x) << np.uint32(16))
+    if x == types.float16:
+        return lambda x: np.float32(x)
+    return lambda x: x
+
+
+def from_real(x, like):
+    raise TypeError("from_real is for compiled code")
+
+
+@overload(from_real)
+def _from_real(x, like):
+    if like == types.uint16:
+        return lambda x, like: np.uint16(_pack_bfloat16(np.float32(x), np.float32(0)))
+    if like == types.float16:
+        return lambda x, like: np.float16(np.float32(x))
+    return lambda x, like: type(like)(x)
+
+
+@cuda.jit(device=True)
+def cast(x, like):
+    return type(like)(x)
+
+
+def load_stored(address, tag):
+    raise TypeError("load_stored is for compiled code")
+
+
+@overload(load_stored)
+def _load_stored(address, tag):
+    return lambda address, tag: _load(address, tag)
+
+
+def load_real(address, tag):
+    raise TypeError("load_real is for compiled code")
+
+
+@overload(load_real)
+def _load_real(address, tag):
+    if tag == types.float16:
+        return lambda address, tag: _half_of(np.uint32(_load(address, tag)))
+    return lambda address, tag: to_real(_load(address, tag))
+
+
+def store_stored(address, value):
+    raise TypeError("store_stored is for compiled code")
+
+
+@overload(store_stored)
+def _store_stored(address, value):
+    return lambda address, value: _store(address, value)
+
+
+def store_real(address, x, tag):
+    raise TypeError("store_real is for compiled code")
+
+
+@overload(store_real)
+def _store_real(address, x, tag):
+    if tag == types.uint16:
+        return lambda address, x, tag: _store(address, np.uint16(_pack_bfloat16(np.float32(x), np.float32(0))))
+    if tag == types.float16:
+        return lambda address, x, tag: _store(address, np.uint16(_pack_float16(np.float32(x), np.float32(0))))
+    return lambda address, x, tag: _store(address, type(tag)(x))
+
+
+def load_octet(address, a, b, tag):
+    raise TypeError("load_octet is for compiled code")
+
+
+@overload(load_octet)
+def _load_octet(address, a, b, tag):
+    if tag == types.float64:
+
+        def wide(address, a, b, tag):
+            x, y = _load_doubles(address + 8 * a), _load_doubles(address + 8 * a + 16)
+            z, w = _load_doubles(address + 8 * b), _load_doubles(address + 8 * b + 16)
+            return x[0], x[1], y[0], y[1], z[0], z[1], w[0], w[1]
+
+        return wide
+    if tag == types.float32:
+
+        def single(address, a, b, tag):
+            x, y = load_words(address + 4 * a), load_words(address + 4 * b)
+            return (
+                _float_of(x[0]), _float_of(x[1]), _float_of(x[2]), _float_of(x[3]),
+                _float_of(y[0]), _float_of(y[1]), _float_of(y[2]), _float_of(y[3]),
+            )  # fmt: skip
+
+        return single
+    return lambda address, a, b, tag: unpack(load_words(address + 2 * a), tag)
+
+
+def unpack(words, tag):
+    raise TypeError("unpack is for compiled code")
+
+
+@overload(unpack)
+def _unpack(words, tag):
+    if tag == types.float16:
+
+        def float16(words, tag):
+            a, b, c, d = words
+            k = np.uint32(16)
+            return (
+                _half_of(a), _half_of(a >> k), _half_of(b), _half_of(b >> k),
+                _half_of(c), _half_of(c >> k), _half_of(d), _half_of(d >> k),
+            )  # fmt: skip
+
+        return float16
+
+    def bfloat16(words, tag):
+        a, b, c, d = words
+        k, high = np.uint32(16), np.uint32(0xFFFF0000)
+        return (
+            _float_of(a << k), _float_of(a & high), _float_of(b << k), _float_of(b & high),
+            _float_of(c << k), _float_of(c & high), _float_of(d << k), _float_of(d & high),
+        )  # fmt: skip
+
+    return bfloat16
+
+
+def store_octet(address, a, b, x, tag):
+    raise TypeError("store_octet is for compiled code")
+
+
+@overload(store_octet)
+def _store_octet(address, a, b, x, tag):
+    if tag == types.float64:
+
+        def wide(address, a, b, x, tag):
+            _store_doubles(address + 8 * a, np.float64(x[0]), np.float64(x[1]))
+            _store_doubles(address + 8 * a + 16, np.float64(x[2]), np.float64(x[3]))
+            _store_doubles(address + 8 * b, np.float64(x[4]), np.float64(x[5]))
+            _store_doubles(address + 8 * b + 16, np.float64(x[6]), np.float64(x[7]))
+
+        return wide
+    if tag == types.float32:
+
+        def single(address, a, b, x, tag):
+            y = (
+                np.float32(x[0]), np.float32(x[1]), np.float32(x[2]), np.float32(x[3]),
+                np.float32(x[4]), np.float32(x[5]), np.float32(x[6]), np.float32(x[7]),
+            )  # fmt: skip
+            _store_words(address + 4 * a, _word_of(y[0]), _word_of(y[1]), _word_of(y[2]), _word_of(y[3]))
+            _store_words(address + 4 * b, _word_of(y[4]), _word_of(y[5]), _word_of(y[6]), _word_of(y[7]))
+
+        return single
+    pack = _pack_float16 if tag == types.float16 else _pack_bfloat16
+
+    def half(address, a, b, x, tag):
+        _store_words(
+            address + 2 * a,
+            pack(np.float32(x[0]), np.float32(x[1])), pack(np.float32(x[2]), np.float32(x[3])),
+            pack(np.float32(x[4]), np.float32(x[5])), pack(np.float32(x[6]), np.float32(x[7])),
+        )  # fmt: skip
+
+    return half
+
+
+def itemsize(tag):
+    raise TypeError("itemsize is for compiled code")
+
+
+@overload(itemsize)
+def _itemsize(tag):
+    size = tag.bitwidth // 8
+    return lambda tag: size
+
+
+def lowest(like):
+    raise TypeError("lowest is for compiled code")
+
+
+@overload(lowest)
+def _lowest(like):
+    number = np.finfo(np.float32 if like == types.float32 else np.float64).min
+    return lambda like: number
+
+
+# --- arithmetic ----------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _ex2(context, x):
+    def code(context, builder, signature, arguments):
+        real = ir.FloatType()
+        return builder.call(_instruction("ex2.approx.ftz.f32 $0, $1;", real, [real], False, "=f,f"), arguments)
+
+    return types.float32(types.float32), code
+
+
+def exp2(x):
+    raise TypeError("exp2 is for compiled code")
+
+
+@overload(exp2)
+def _exp2(x):
+    return (lambda x: _ex2(x)) if x == types.float32 else lambda x: math.exp2(x)
+
+
+@cuda.jit(device=True)
+def maximum(x, y):
+    return max(x, y)
+
+
+@cuda.jit(device=True)
+def exp2_corrected(d, high, low):
+    # The product d * high rounds by up to |d * high| / 2**24, which would be the largest error by far; what it loses
+    # comes back as the first-order factor 1 + ln 2 * lost.
+    x = d * high
+    e = exp2(x)
+    lost = cuda.fma(d, low, cuda.fma(d, high, -x))
+    corrected = cuda.fma(e, lost * type(d)(_LN2), e)
+    return e if e == type(d)(0) else corrected  # there x may be -inf, and what was lost is not a number
+
+
+def exp2_scaled(d, rate, tag):
+    raise TypeError("exp2_scaled is for compiled code")
+
+
+@overload(exp2_scaled)
+def _exp2_scaled(d, rate, tag):
+    if d == types.float32 and tag in (types.float16, types.uint16):
+        return lambda d, rate, tag: exp2(d * rate[0])
+    return lambda d, rate, tag: exp2_corrected(d, rate[0], rate[1])
+
+
+@cuda.jit(device=True)
+def log(x):
+    return math.log(x)
+
+
+@cuda.jit(device=True)
+def two_sum(x, y):
+    s = x + y
+    z = s - x
+    return s, (x - (s - z)) + (y - z)
