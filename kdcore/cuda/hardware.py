@@ -123,9 +123,9 @@ def _store(context, address, value):
     return types.void(types.int64, value), code
 
 
-def _vector_load(name, letter, register, number, count):
+def _vector_load(name, letter, register, number, count, space="global.L1::no_allocate"):
     registers = ", ".join(f"${k}" for k in range(count))
-    text = f"ld.global.L1::no_allocate.v{count}.{name} {{{registers}}}, [${count}];"
+    text = f"ld.{space}.v{count}.{name} {{{registers}}}, [${count}];"
 
     @intrinsic
     def load_vector(context, address):
@@ -144,6 +144,7 @@ def _vector_load(name, letter, register, number, count):
 
 
 load_words = _vector_load("b32", "r", _I32, types.uint32, 4)
+_load_shared_words = _vector_load("b32", "r", _I32, types.uint32, 4, "shared")
 _load_doubles = _vector_load("f64", "d", ir.DoubleType(), types.float64, 2)
 
 
@@ -169,6 +170,45 @@ def _store_doubles(context, address, a, b):
 
 
 @intrinsic
+def shared_address_of(context, array):
+    def code(context, builder, signature, arguments):
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        pointer = builder.ptrtoint(array.data, _I64)
+        return builder.call(_instruction("cvta.to.shared.u64 $0, $1;", _I64, [_I64], False, "=l,l"), [pointer])
+
+    return types.int64(array), code
+
+
+@intrinsic
+def _copy_async(context, to, source):
+    def code(context, builder, signature, arguments):
+        text = "cp.async.cg.shared.global [$0], [$1], 16;"
+        builder.call(_instruction(text, ir.VoidType(), [_I64, _I64], True, "l,l,~{memory}"), arguments)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), code
+
+
+@intrinsic
+def wait_for_copies(context):
+    def code(context, builder, signature, arguments):
+        builder.call(_instruction("cp.async.wait_all;", ir.VoidType(), [], True, "~{memory}"), [])
+        return context.get_dummy_value()
+
+    return types.void(), code
+
+
+@intrinsic
+def _store_shared_words(context, address, a, b, c, d):
+    def code(context, builder, signature, arguments):
+        text = "st.shared.v4.b32 [$0], {$1, $2, $3, $4};"
+        builder.call(_instruction(text, ir.VoidType(), [_I64] + [_I32] * 4, True, "l,r,r,r,r"), arguments)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, *[types.uint32] * 4), code
+
+
+@intrinsic
 def add_release(context, address, value):
     def code(context, builder, signature, arguments):
         text, constraints = "atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;", "=r,l,r,~{memory}"
@@ -184,15 +224,6 @@ def load_acquire(context, address):
         return builder.call(_instruction(text, _I32, [_I64], True, constraints), arguments)
 
     return types.int32(types.int64), code
-
-
-@intrinsic
-def pause(context):
-    def code(context, builder, signature, arguments):
-        builder.call(_instruction("nanosleep.u32 64;", ir.VoidType(), [], True, ""), [])
-        return context.get_dummy_value()
-
-    return types.void(), code
 
 
 # --- storage forms -------------------------------------------------------------------------------------------------
@@ -312,39 +343,33 @@ def _store_real(address, x, tag):
     return lambda address, x, tag: _store(address, type(tag)(x))
 
 
-def load_octet(address, a, b, tag):
-    raise TypeError("load_octet is for compiled code")
+def octet_words(address, a, b, tag):
+    raise TypeError("octet_words is for compiled code")
 
 
-@overload(load_octet)
-def _load_octet(address, a, b, tag):
-    if tag == types.float64:
+@overload(octet_words)
+def _octet_words(address, a, b, tag):
+    if tag == types.float32:
+        return lambda address, a, b, tag: load_words(address + 4 * a) + load_words(address + 4 * b)
+    return lambda address, a, b, tag: load_words(address + 2 * a)
 
-        def wide(address, a, b, tag):
-            x, y = _load_doubles(address + 8 * a), _load_doubles(address + 8 * a + 16)
-            z, w = _load_doubles(address + 8 * b), _load_doubles(address + 8 * b + 16)
-            return x[0], x[1], y[0], y[1], z[0], z[1], w[0], w[1]
 
-        return wide
+def octet_of_words(words, tag):
+    raise TypeError("octet_of_words is for compiled code")
+
+
+@overload(octet_of_words)
+def _octet_of_words(words, tag):
     if tag == types.float32:
 
-        def single(address, a, b, tag):
-            x, y = load_words(address + 4 * a), load_words(address + 4 * b)
+        def float32(words, tag):
+            a, b, c, d, e, f, g, h = words
             return (
-                _float_of(x[0]), _float_of(x[1]), _float_of(x[2]), _float_of(x[3]),
-                _float_of(y[0]), _float_of(y[1]), _float_of(y[2]), _float_of(y[3]),
+                _float_of(a), _float_of(b), _float_of(c), _float_of(d),
+                _float_of(e), _float_of(f), _float_of(g), _float_of(h),
             )  # fmt: skip
 
-        return single
-    return lambda address, a, b, tag: unpack(load_words(address + 2 * a), tag)
-
-
-def unpack(words, tag):
-    raise TypeError("unpack is for compiled code")
-
-
-@overload(unpack)
-def _unpack(words, tag):
+        return float32
     if tag == types.float16:
 
         def float16(words, tag):
@@ -368,6 +393,85 @@ def _unpack(words, tag):
     return bfloat16
 
 
+def words_of_octet(x, tag):
+    raise TypeError("words_of_octet is for compiled code")
+
+
+@overload(words_of_octet)
+def _words_of_octet(x, tag):
+    if tag == types.float32:
+        return lambda x, tag: (
+            _word_of(np.float32(x[0])), _word_of(np.float32(x[1])), _word_of(np.float32(x[2])),
+            _word_of(np.float32(x[3])), _word_of(np.float32(x[4])), _word_of(np.float32(x[5])),
+            _word_of(np.float32(x[6])), _word_of(np.float32(x[7])),
+        )  # fmt: skip
+    pack = _pack_float16 if tag == types.float16 else _pack_bfloat16
+    return lambda x, tag: (
+        pack(np.float32(x[0]), np.float32(x[1])), pack(np.float32(x[2]), np.float32(x[3])),
+        pack(np.float32(x[4]), np.float32(x[5])), pack(np.float32(x[6]), np.float32(x[7])),
+    )  # fmt: skip
+
+
+def keep_async(place, gap, address, a, b, tag):
+    raise TypeError("keep_async is for compiled code")
+
+
+@overload(keep_async)
+def _keep_async(place, gap, address, a, b, tag):
+    if tag == types.float32:
+
+        def eight(place, gap, address, a, b, tag):
+            _copy_async(place, address + 4 * a)
+            _copy_async(place + gap, address + 4 * b)
+
+        return eight
+    return lambda place, gap, address, a, b, tag: _copy_async(place, address + 2 * a)
+
+
+def keep_words(place, gap, words, tag):
+    raise TypeError("keep_words is for compiled code")
+
+
+@overload(keep_words)
+def _keep_words(place, gap, words, tag):
+    if tag == types.float32:
+
+        def eight(place, gap, words, tag):
+            _store_shared_words(place, words[0], words[1], words[2], words[3])
+            _store_shared_words(place + gap, words[4], words[5], words[6], words[7])
+
+        return eight
+    return lambda place, gap, words, tag: _store_shared_words(place, words[0], words[1], words[2], words[3])
+
+
+def kept_words(place, gap, tag):
+    raise TypeError("kept_words is for compiled code")
+
+
+@overload(kept_words)
+def _kept_words(place, gap, tag):
+    if tag == types.float32:
+        return lambda place, gap, tag: _load_shared_words(place) + _load_shared_words(place + gap)
+    return lambda place, gap, tag: _load_shared_words(place)
+
+
+def load_octet(address, a, b, tag):
+    raise TypeError("load_octet is for compiled code")
+
+
+@overload(load_octet)
+def _load_octet(address, a, b, tag):
+    if tag == types.float64:
+
+        def wide(address, a, b, tag):
+            x, y = _load_doubles(address + 8 * a), _load_doubles(address + 8 * a + 16)
+            z, w = _load_doubles(address + 8 * b), _load_doubles(address + 8 * b + 16)
+            return x[0], x[1], y[0], y[1], z[0], z[1], w[0], w[1]
+
+        return wide
+    return lambda address, a, b, tag: octet_of_words(octet_words(address, a, b, tag), tag)
+
+
 def store_octet(address, a, b, x, tag):
     raise TypeError("store_octet is for compiled code")
 
@@ -386,22 +490,15 @@ def _store_octet(address, a, b, x, tag):
     if tag == types.float32:
 
         def single(address, a, b, x, tag):
-            y = (
-                np.float32(x[0]), np.float32(x[1]), np.float32(x[2]), np.float32(x[3]),
-                np.float32(x[4]), np.float32(x[5]), np.float32(x[6]), np.float32(x[7]),
-            )  # fmt: skip
-            _store_words(address + 4 * a, _word_of(y[0]), _word_of(y[1]), _word_of(y[2]), _word_of(y[3]))
-            _store_words(address + 4 * b, _word_of(y[4]), _word_of(y[5]), _word_of(y[6]), _word_of(y[7]))
+            w = words_of_octet(x, tag)
+            _store_words(address + 4 * a, w[0], w[1], w[2], w[3])
+            _store_words(address + 4 * b, w[4], w[5], w[6], w[7])
 
         return single
-    pack = _pack_float16 if tag == types.float16 else _pack_bfloat16
 
     def half(address, a, b, x, tag):
-        _store_words(
-            address + 2 * a,
-            pack(np.float32(x[0]), np.float32(x[1])), pack(np.float32(x[2]), np.float32(x[3])),
-            pack(np.float32(x[4]), np.float32(x[5])), pack(np.float32(x[6]), np.float32(x[7])),
-        )  # fmt: skip
+        w = words_of_octet(x, tag)
+        _store_words(address + 2 * a, w[0], w[1], w[2], w[3])
 
     return half
 

@@ -6,7 +6,9 @@ import numpy as np
 
 from kdcore.cuda import kernels
 from kdcore.cuda.distillation import parts_of
-from kdcore.cuda.plans import threads_of
+from kdcore.cuda.groups import PUBLISHED, group_kernel, resident_blocks
+from kdcore.cuda.memory import empty, full
+from kdcore.cuda.plans import plan_of, require_bfloat16, shared_memory, threads_of
 from kdcore.cuda.primitives import SIMULATOR, tag_of
 from kdcore.cuda.streams import as_queue, launch
 from kdcore.errors import MissingDependencyError
@@ -43,6 +45,12 @@ def _vector(array):
     return (array.address, array.strides[0], tag_of(array.dtype)) if array.size else (0, 0, tag_of(array.dtype))
 
 
+def _check_dtypes(*dtypes):
+    """The one of the storage types that not every device can write."""
+    if any(dtype.name == "bfloat16" for dtype in dtypes):
+        require_bfloat16()
+
+
 def _start(array):
     """The address of a contiguous array; 0 if it has no elements."""
     return array.address if array.size else 0
@@ -50,6 +58,7 @@ def _start(array):
 
 def _row_operation(name, logits, temperature, out, status, stream):
     rows, size = logits.shape
+    _check_dtypes(logits.dtype, out.dtype)
     wide = needs_float64((logits.dtype,), temperature)
     arguments = _matrix(logits), float(temperature), size, _like(wide), _matrix(out), out.shape[1], _start(status)
     threads = threads_of(size, kernels.most_threads(wide))
@@ -78,6 +87,7 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
     teacher is not read, at alpha = 0 labels only mask.
     """
     rows, size = student.shape
+    _check_dtypes(student.dtype, teacher.dtype, gradient.dtype)
     divergence = objective.divergence
     parts = parts_of(objective.alpha, objective.temperature)
     temperatures = (objective.temperature, objective.teacher_temperature) if parts.soft else (1.0, 1.0)
@@ -103,8 +113,17 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
         (loss.address, ce.address, kl.address),
         _start(status),
     )
-    threads = threads_of(size, kernels.most_threads(wide, parts.power == 0))
-    launch(kernels.kd_kernel(parts, term, slope, wide), rows, threads, stream, *arguments)
+    itemsizes = student.dtype.itemsize, (teacher if parts.soft else student).dtype.itemsize
+    plan = plan_of(size, itemsizes, kernels.most_threads(wide, parts.power == 0), not wide)
+    if plan.kernel == "group":
+        counters = full((1 + 2 * rows,), np.int32, 0, stream)
+        published = empty((rows, plan.blocks, PUBLISHED), np.float64, stream)
+        arguments = *arguments, plan.blocks, counters.address, _start(published)
+        launch(
+            group_kernel(parts, resident_blocks(shared_memory())), rows * plan.blocks, plan.threads, stream, *arguments
+        )
+    else:
+        launch(kernels.kd_kernel(parts, term, slope, wide), rows, plan.threads, stream, *arguments)
 
 
 def weight_sum(labels, weights, ignore_index, rows, out, stream):

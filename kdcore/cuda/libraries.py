@@ -89,8 +89,9 @@ class Library:
 class _Torch(Library):
     def describe(self, obj: Any, stream: int) -> Description:
         dtype = _torch_dtype(obj.dtype)
-        strides = tuple(step * dtype.itemsize for step in obj.stride())
-        return Description(obj.data_ptr(), tuple(obj.shape), strides, dtype, True, obj.device.index, None)
+        shape, strides = tuple(obj.shape), tuple(step * dtype.itemsize for step in obj.stride())
+        address = _reachable(obj.data_ptr(), shape, strides, dtype)
+        return Description(address, shape, strides, dtype, True, obj.device.index, None)
 
     def current_stream(self, device: int | None) -> int | None:
         return int(sys.modules["torch"].cuda.current_stream(device).cuda_stream)
@@ -123,7 +124,8 @@ def _torch_dtype(dtype: Any) -> np.dtype[Any]:
 class _Cupy(Library):
     def describe(self, obj: Any, stream: int) -> Description:
         dtype = bfloat16() if obj.dtype.name == "bfloat16" else obj.dtype
-        return Description(obj.data.ptr, obj.shape, obj.strides, dtype, True, obj.device.id, None)
+        address = _reachable(obj.data.ptr, obj.shape, obj.strides, dtype)
+        return Description(address, obj.shape, obj.strides, dtype, True, obj.device.id, None)
 
     def current_stream(self, device: int | None) -> int | None:
         return int(sys.modules["cupy"].cuda.get_current_stream(device).ptr)

@@ -1,19 +1,189 @@
-"""Which kernel works a row, and by how many threads."""
+"""Which kernel works a row, and by how many threads and blocks.
+
+The **row kernel** has one block a row, which reads the row twice: first for maxima and sums, then, backwards, for the
+gradient. That is one read of memory as long as the rows that all multiprocessors work on at a time stay in the second
+level cache. Of rows for which they would not, the **group kernel** has several blocks, each of which keeps its slice in
+shared memory.
+
+The choice depends on the classes, the dtypes and the device, not on the number of rows: a row's result is the same, bit
+by bit, in whatever batch it comes. :func:`explain` says it in words, :func:`using` overrides it::
+
+    with kdcore.cuda.plans.using(kernel="group"):
+        kdcore.kd_loss(student, teacher, labels, 2.0, 0.3)
+"""
 
 from __future__ import annotations
 
-from kdcore.cuda.primitives import SIMULATOR
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import NamedTuple
 
-__all__ = ["threads_of"]
+from kdcore.checks import choice, integer
+from kdcore.cuda.primitives import SIMULATOR
+from kdcore.errors import DeviceUnavailableError, DomainError, DTypeError
+
+__all__ = ["Plan", "explain", "plan_of", "require_bfloat16", "shared_memory", "threads_of", "using"]
 
 _WARP = 32
+#: Classes of an octet, the unit of loops over a row.
+_OCTET = 8
+#: What of the second level cache the rows of all multiprocessors may take.
+_SHARE_OF_CACHE = 0.75
+_ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+class Plan(NamedTuple):
+    """Of a row: which kernel, how many threads a block, how many blocks; and why."""
+
+    kernel: str
+    threads: int
+    blocks: int
+    reason: str
+
+
+class _Override(NamedTuple):
+    kernel: str | None
+    threads: int | None
+    blocks: int | None
+
+
+_AS_CHOSEN = _Override(None, None, None)
+_override: ContextVar[_Override] = ContextVar("kdcore_cuda_plan", default=_AS_CHOSEN)
+
+
+@contextmanager
+def using(kernel: str | None = None, threads: int | None = None, blocks: int | None = None) -> Iterator[None]:
+    """Within the ``with`` statement: KD calls of forward KL by this kernel, "row" or "group".
+
+    ``threads`` a block, a multiple of 32, and ``blocks`` a row, of the group kernel, instead of what is chosen. What
+    does not fit a call (more threads than its kernel can have, too few blocks for its classes) is a DomainError there.
+    """
+    if kernel is not None:
+        choice(kernel, "kernel", ("row", "group"))
+    for name, value in (("threads", threads), ("blocks", blocks)):
+        if value is not None:
+            integer(value, name, least=1)
+    if threads is not None and threads % _WARP:
+        raise DomainError(f"threads must be a multiple of {_WARP}, got {threads}")
+    token = _override.set(_Override(kernel, threads, blocks))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+#: In the simulator, which is no real device.
+_SIMULATED = {
+    "COMPUTE_CAPABILITY_MAJOR": 9,
+    "L2_CACHE_SIZE": 50 << 20,
+    "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR": 228 << 10,
+    "MULTIPROCESSOR_COUNT": 132,
+}
+
+
+@cache
+def _attribute(device: int, name: str) -> int:
+    from numba import cuda
+
+    return int(getattr(cuda.gpus[device], name))
+
+
+def _of_device(name: str) -> int:
+    """An attribute of the current device."""
+    if SIMULATOR:
+        return _SIMULATED[name]
+    from numba import cuda
+
+    return _attribute(cuda.get_current_device().id, name)
+
+
+def require_bfloat16() -> None:
+    """Raise unless the current device converts to bfloat16."""
+    if _of_device("COMPUTE_CAPABILITY_MAJOR") < 8:
+        raise DeviceUnavailableError("bfloat16 on CUDA needs a device of compute capability 8.0 or more")
+
+
+def shared_memory() -> int:
+    """Bytes of shared memory of a multiprocessor."""
+    return _of_device("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR")
 
 
 def threads_of(size: int, most: int) -> int:
     """Threads of a block that has a row of ``size`` classes to itself: about two octets each, within what fits."""
+    chosen = _override.get().threads
+    if chosen is not None:
+        if chosen > most:
+            raise DomainError(f"threads={chosen}, but a block of this kernel has at most {most}")
+        return chosen
     if SIMULATOR:
         return 2 * _WARP
     threads = 2 * _WARP
-    while threads < most and 16 * threads < size:
+    while threads < most and 2 * _OCTET * threads < size:
         threads *= 2
     return threads
+
+
+def _group(size: int, itemsizes: tuple[int, int], reason: str) -> Plan:
+    from kdcore.cuda.groups import MOST_BLOCKS, MOST_THREADS, octets_per_thread
+
+    chosen = _override.get()
+    threads = chosen.threads or (_WARP if SIMULATOR else MOST_THREADS)
+    if threads > MOST_THREADS:
+        raise DomainError(f"threads={threads}, but a block of the group kernel has at most {MOST_THREADS}")
+    slice_ = _OCTET * octets_per_thread(threads, *itemsizes) * threads
+    needed = -(-size // slice_)
+    blocks = chosen.blocks or needed
+    if not needed <= blocks <= MOST_BLOCKS:
+        raise DomainError(
+            f"the group kernel needs {needed} to {MOST_BLOCKS} blocks of {threads} threads for {size} classes, "
+            f"got blocks={blocks}"
+        )
+    return Plan("group", threads, blocks, reason)
+
+
+def plan_of(size: int, itemsizes: tuple[int, int], most_threads: int, can_group: bool) -> Plan:
+    """The plan for a KD call with forward KL.
+
+    ``itemsizes`` of student and teacher; ``most_threads`` of the row kernel; ``can_group``: whether the group kernel
+    has what the call needs, float32 arithmetic.
+    """
+    kernel = _override.get().kernel
+    can_group = can_group and _of_device("COMPUTE_CAPABILITY_MAJOR") >= 8  # from where on copies are asynchronous
+    if kernel == "group":
+        if not can_group:
+            raise DomainError(
+                "the group kernel is for forward KL of rows that are worked in float32, on devices from 8.0"
+            )
+        return _group(size, itemsizes, "as was asked for")
+    multiprocessors, cache_bytes = _of_device("MULTIPROCESSOR_COUNT"), _of_device("L2_CACHE_SIZE")
+    at_a_time = size * sum(itemsizes) * multiprocessors
+    rows = f"{multiprocessors} rows of both inputs, {at_a_time / 2**20:.0f} MiB, at a time"
+    cached = f"{rows}, of a cache of {cache_bytes / 2**20:.0f} MiB"
+    if kernel == "row":
+        return Plan("row", threads_of(size, most_threads), 1, "as was asked for")
+    if at_a_time <= _SHARE_OF_CACHE * cache_bytes:
+        return Plan("row", threads_of(size, most_threads), 1, f"the second read comes from the cache: {cached}")
+    if not can_group:
+        return Plan("row", threads_of(size, most_threads), 1, "the group kernel is for float32 work, from 8.0 on")
+    try:
+        return _group(
+            size, itemsizes, f"rows are kept in shared memory, since they would not stay in the cache: {cached}"
+        )
+    except DomainError:
+        return Plan("row", threads_of(size, most_threads), 1, "there are more classes than the group kernel can keep")
+
+
+def explain(size: int, dtype: str = "float32") -> str:
+    """In words: how a forward KL call with rows of ``size`` classes of a dtype is worked on the current device."""
+    from kdcore.cuda.kernels import most_threads
+
+    name = str(dtype).rpartition(".")[2]
+    if name not in _ITEMSIZES:
+        raise DTypeError(f"dtype must be one of {', '.join(_ITEMSIZES)}, got {dtype!r}")
+    wide = name == "float64"
+    itemsizes = (_ITEMSIZES[name],) * 2
+    plan = plan_of(integer(size, "size", least=1), itemsizes, most_threads(wide), not wide)
+    blocks = f"{plan.blocks} blocks" if plan.blocks > 1 else "1 block"
+    return f"{plan.kernel} kernel, {blocks} of {plan.threads} threads a row: {plan.reason}"

@@ -15,7 +15,12 @@ Of 16-bit elements b is a + 4, so that they are 16 bytes; of others, two or four
   rounded to nearest even, 16 bits by way of float32
 - ``load_octet(address, a, b, tag)``, ``store_octet(address, a, b, x, tag)``: the classes from a and from b of the row
   at an address, by 16-byte accesses to multiples of 16
-- ``load_words(address)``, ``unpack(words, tag)``: 16 bytes as they are; and the octet that they are of a 16-bit type
+- ``octet_words(address, a, b, tag)``: the same as the words of 32 bits that they are, 8 of float32, 4 of 16-bit types;
+  ``octet_of_words(words, tag)``, ``words_of_octet(x, tag)``: the octet in them, and back
+- ``shared_address_of(array)``: of a shared array whose alignment is 16. An octet is kept at a place there, in 16 bytes
+  and, of float32, in 16 more that are ``gap`` bytes further: ``keep_words(place, gap, words, tag)``,
+  ``kept_words(place, gap, tag)``, and ``keep_async(place, gap, address, a, b, tag)`` straight from the row at an
+  address, which has happened after ``wait_for_copies()``, for the thread that calls it
 - ``itemsize(tag)``: the bytes of an element; ``lowest(like)``: the smallest finite number of a type
 - ``to_real(x)``, ``from_real(x, like)``: the conversions alone, ``like`` a number of the storage type
 - ``cast(x, like)``: x in the type of like
@@ -25,7 +30,7 @@ Of 16-bit elements b is a + 4, so that they are 16 bytes; of others, two or four
 - ``two_sum(x, y)``: x + y rounded, and what was lost (Knuth)
 - ``log(x)``: of float64; -inf at 0
 - ``add_release(address, n)``: adds to an int32 and returns what was there, after everything that this thread wrote;
-  ``load_acquire(address)`` reads it before everything that follows; ``pause()`` lets others run
+  ``load_acquire(address)`` reads it before everything that follows
 """
 
 import numpy as np
@@ -42,15 +47,19 @@ __all__ = [
     "exp2_scaled",
     "from_real",
     "itemsize",
+    "keep_async",
+    "keep_words",
+    "kept_words",
     "load_acquire",
     "load_octet",
     "load_real",
     "load_stored",
-    "load_words",
     "log",
     "lowest",
     "maximum",
-    "pause",
+    "octet_of_words",
+    "octet_words",
+    "shared_address_of",
     "split_rate",
     "store_octet",
     "store_real",
@@ -58,7 +67,8 @@ __all__ = [
     "tag_of",
     "to_real",
     "two_sum",
-    "unpack",
+    "wait_for_copies",
+    "words_of_octet",
 ]
 
 SIMULATOR = bool(config.ENABLE_CUDASIM)
@@ -73,21 +83,26 @@ if SIMULATOR:
         exp2_scaled,
         from_real,
         itemsize,
+        keep_async,
+        keep_words,
+        kept_words,
         load_acquire,
         load_octet,
         load_real,
         load_stored,
-        load_words,
         log,
         lowest,
         maximum,
-        pause,
+        octet_of_words,
+        octet_words,
+        shared_address_of,
         store_octet,
         store_real,
         store_stored,
         to_real,
         two_sum,
-        unpack,
+        wait_for_copies,
+        words_of_octet,
     )
 else:
     from kdcore.cuda.hardware import (
@@ -99,21 +114,26 @@ else:
         exp2_scaled,
         from_real,
         itemsize,
+        keep_async,
+        keep_words,
+        kept_words,
         load_acquire,
         load_octet,
         load_real,
         load_stored,
-        load_words,
         log,
         lowest,
         maximum,
-        pause,
+        octet_of_words,
+        octet_words,
+        shared_address_of,
         store_octet,
         store_real,
         store_stored,
         to_real,
         two_sum,
-        unpack,
+        wait_for_copies,
+        words_of_octet,
     )
 
 #: Shape of the shared float64 array that reductions of a block need: for each of 32 warps.

@@ -90,6 +90,8 @@ __all__ = [
     "softmax_row",
     "softmax_sums",
     "total",
+    "warp_maximum",
+    "warp_total",
     "whole_octets",
     "write_octet",
 ]
@@ -113,13 +115,29 @@ def row_of(array):
 
 
 @cuda.jit(device=True)
-def block_maxima(a, b, shared):
-    """The maxima of a and of b over the block, in their type; NaN does not count."""
+def warp_maximum(x):
+    """The maximum of a warp, in each of its lanes; NaN does not count."""
     offset = _WARP // 2
     while offset > 0:
-        a = maximum(a, cuda.shfl_xor_sync(_ALL_LANES, a, offset))
-        b = maximum(b, cuda.shfl_xor_sync(_ALL_LANES, b, offset))
+        x = maximum(x, cuda.shfl_xor_sync(_ALL_LANES, x, offset))
         offset //= 2
+    return x
+
+
+@cuda.jit(device=True)
+def warp_total(x):
+    """The sum of a float64 over a warp, in each of its lanes."""
+    offset = _WARP // 2
+    while offset > 0:
+        x += cuda.shfl_xor_sync(_ALL_LANES, x, offset)
+        offset //= 2
+    return x
+
+
+@cuda.jit(device=True)
+def block_maxima(a, b, shared):
+    """The maxima of a and of b over the block, in their type; NaN does not count."""
+    a, b = warp_maximum(a), warp_maximum(b)
     lane, warp = cuda.threadIdx.x % _WARP, cuda.threadIdx.x // _WARP
     if lane == 0:
         shared[0, warp] = a
@@ -127,11 +145,7 @@ def block_maxima(a, b, shared):
     cuda.syncthreads()
     source = lane if lane < cuda.blockDim.x // _WARP else 0
     a, b = cast(shared[0, source], a), cast(shared[1, source], b)
-    offset = _WARP // 2
-    while offset > 0:
-        a = maximum(a, cuda.shfl_xor_sync(_ALL_LANES, a, offset))
-        b = maximum(b, cuda.shfl_xor_sync(_ALL_LANES, b, offset))
-        offset //= 2
+    a, b = warp_maximum(a), warp_maximum(b)
     cuda.syncthreads()  # all have read before the next reduction writes
     return a, b
 
@@ -172,12 +186,7 @@ def block_sums(a, a_low, b, b_low, c, c_low, shared):
     a_ = shared[2, lane] if inside else 0.0
     b_ = shared[3, lane] if inside else 0.0
     c_ = shared[4, lane] if inside else 0.0
-    offset = _WARP // 2
-    while offset > 0:
-        a_ += cuda.shfl_xor_sync(_ALL_LANES, a_, offset)
-        b_ += cuda.shfl_xor_sync(_ALL_LANES, b_, offset)
-        c_ += cuda.shfl_xor_sync(_ALL_LANES, c_, offset)
-        offset //= 2
+    a_, b_, c_ = warp_total(a_), warp_total(b_), warp_total(c_)
     cuda.syncthreads()
     return a_, b_, c_
 

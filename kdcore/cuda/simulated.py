@@ -9,7 +9,6 @@ import ctypes
 import functools
 import math
 import threading
-import time
 
 import numpy as np
 
@@ -111,6 +110,27 @@ def _store_16_bytes(address, values):
     address.bytes(16)[:] = np.array(values).view(np.uint8)
 
 
+def shared_address_of(array):
+    return host_address(array)
+
+
+def keep_async(place, gap, address, a, b, tag):
+    keep_words(place, gap, octet_words(address, a, b, tag), tag)
+
+
+def wait_for_copies():
+    pass
+
+
+def keep_words(place, gap, words, tag):
+    for k in range(0, len(words), 4):
+        (place + gap * (k // 4)).bytes(16)[:] = np.array(words[k : k + 4], np.uint32).view(np.uint8)
+
+
+def kept_words(place, gap, tag):
+    return tuple(word for k in range(1 if tag.dtype.itemsize == 2 else 2) for word in load_words(place + gap * k))
+
+
 def add_release(address, value):
     with _atomic:
         count = address.bytes(4).view(np.int32)
@@ -122,10 +142,6 @@ def add_release(address, value):
 def load_acquire(address):
     with _atomic:
         return int(address.bytes(4).view(np.int32)[0])
-
-
-def pause():
-    time.sleep(1e-4)
 
 
 # --- storage forms -------------------------------------------------------------------------------------------------
@@ -170,16 +186,23 @@ def _reals(values):
     return tuple(values)
 
 
-def load_octet(address, a, b, tag):
-    size = tag.dtype.itemsize
-    if size == 2:
-        return unpack(load_words(address + 2 * a), tag)
-    starts = (a, b) if size == 4 else (a, a + 2, b, b + 2)
-    return tuple(x for start in starts for x in (address + size * start).bytes(16).view(tag.dtype))
+def octet_words(address, a, b, tag):
+    starts = (a,) if tag.dtype.itemsize == 2 else (a, b)
+    return tuple(word for start in starts for word in load_words(address + tag.dtype.itemsize * start))
 
 
-def unpack(words, tag):
+def octet_of_words(words, tag):
     return _reals(np.array(words, np.uint32).view(tag.dtype))
+
+
+def words_of_octet(x, tag):
+    return tuple(np.array([from_real(value, tag) for value in x]).view(np.uint32))
+
+
+def load_octet(address, a, b, tag):
+    if tag.dtype.itemsize < 8:
+        return octet_of_words(octet_words(address, a, b, tag), tag)
+    return tuple(x for v in (a, a + 2, b, b + 2) for x in (address + 8 * v).bytes(16).view(tag.dtype))
 
 
 def store_octet(address, a, b, x, tag):

@@ -1,0 +1,261 @@
+"""The two KD kernels of the CUDA engine, each forced upon calls that may have chosen the other; and the choice."""
+
+import numpy as np
+import pytest
+from cuda_engines import BF16, F16, F32, F64, INF, NAN, Device, assert_kd, dtype_name, kd, logits
+
+from kdcore import rowstatus
+from kdcore.cuda.presence import available
+from kdcore.errors import DomainError, DTypeError
+
+REASON = available()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+if REASON is None:
+    import kdcore.cuda
+    from kdcore.cuda import groups, memory, plans
+    from kdcore.cuda.primitives import SIMULATOR
+    from kdcore.divergences import forward_kl
+    from kdcore.objective import Objective
+
+#: By the kernel: options of ``plans.using``. A device has room for thousands of classes in one block.
+KERNELS = {"row": {"kernel": "row"}, "group": {"kernel": "group"}, "3 blocks": {"kernel": "group", "blocks": 3}}
+
+
+@pytest.fixture(params=KERNELS, ids=lambda name: name.replace(" ", ""))
+def using(request):
+    """Calls are worked by one of the kernels, or by both in turn."""
+    with plans.using(**KERNELS[request.param]):
+        yield request.param
+
+
+def sizes(*others):
+    """Classes that leave every kind of rest, with one and several octets a thread and blocks without any class."""
+    return pytest.mark.parametrize("V", [1, 2, 9, 100, 255, 256, 257, 1000, *others])
+
+
+@sizes(1003)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_name)
+def test_every_class_counts(using, dtype, V):
+    rng = np.random.default_rng(V)
+    s, t = logits(rng, 2, V, dtype), logits(rng, 2, V, dtype)
+    assert_kd(s, t, np.array([V - 1, V // 2]), np.array([2.0, 1.0]), 3.0)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [(F32, F32), (F16, F16), (BF16, BF16), (F32, BF16), (BF16, F32), (F16, BF16)],
+    ids=dtype_name,
+)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0])
+def test_dtypes_and_temperatures(using, student, teacher, temperature):
+    """1, 2 and 4 have the exponentials of cross-entropy as powers of the others."""
+    rng = np.random.default_rng(1)
+    s, t = logits(rng, 2, 333, student), logits(rng, 2, 333, teacher)
+    assert_kd(s, t, np.array([332, 5]), temperature=temperature)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("dtype", "out"), [(F32, None), (F32, BF16), (BF16, F32), (F16, F64)], ids=dtype_name)
+def test_parts_and_gradients_of_another_dtype(using, alpha, dtype, out):
+    rng = np.random.default_rng(2)
+    s, t, labels = logits(rng, 2, 300, dtype), logits(rng, 2, 300, dtype), np.array([299, 0])
+    assert_kd(s, t, labels, alpha=alpha)
+    given, wide = (kd(Device, s, t, labels, alpha=alpha, out=d) for d in (out, F64))
+    assert given[3].dtype == (out or dtype)
+    np.testing.assert_array_equal(given[3], wide[3].astype(np.float32).astype(out or dtype))
+    for x, y in zip(given[:3], kd(Device, s, t, labels, alpha=alpha, with_gradient=False)[:3], strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=dtype_name)
+def test_in_place(using, dtype):
+    rng = np.random.default_rng(3)
+    s, t, labels = logits(rng, 4, 700, dtype), logits(rng, 4, 700, dtype), np.array([0, 699, 300, 1])
+    s[2, 600], t[3, 1] = NAN, INF
+    apart, in_place = (kd(Device, s, t, labels, in_place=in_place) for in_place in (False, True))
+    for x, y in zip(apart, in_place, strict=True):
+        assert x.tobytes() == y.tobytes()
+    assert apart[4].tolist() == [
+        [rowstatus.OK, 0],
+        [rowstatus.OK, 0],
+        [rowstatus.STUDENT + rowstatus.NAN, 600],
+        [rowstatus.TEACHER + rowstatus.POSITIVE_INF, 1],
+    ]
+
+
+def test_rows_that_are_masked_or_cannot_be_used(using):
+    rng = np.random.default_rng(4)
+    s, t = logits(rng, 8, 500, F32), logits(rng, 8, 500, F32)
+    labels, weights = rng.integers(500, size=8), np.ones(8)
+    s[0, 499], s[0, 100] = NAN, INF
+    s[1] = -INF
+    t[2, 37], t[2, 400] = INF, NAN
+    t[3] = -INF
+    labels[4], weights[5], labels[6], s[6], weights[7], t[7] = 500, NAN, -100, NAN, 0.0, INF
+    loss, ce, kl, gradient, status = kd(Device, s, t, labels, weights=weights)
+    assert status.tolist() == [
+        [rowstatus.STUDENT + rowstatus.POSITIVE_INF, 100],
+        [rowstatus.STUDENT + rowstatus.NO_SUPPORT, 0],
+        [rowstatus.TEACHER + rowstatus.POSITIVE_INF, 37],
+        [rowstatus.TEACHER + rowstatus.NO_SUPPORT, 0],
+        [rowstatus.LABEL, 500],
+        [rowstatus.WEIGHT, 0],
+        [rowstatus.OK, 0],
+        [rowstatus.OK, 0],
+    ]
+    assert np.isnan(np.stack([loss, ce, kl])[:, :6]).all() and np.isnan(gradient[:6]).all()
+    assert not np.stack([loss, ce, kl])[:, 6:].any() and not gradient[6:].any()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_name)
+def test_classes_that_are_ruled_out(using, dtype):
+    rng = np.random.default_rng(5)
+    s, t = logits(rng, 4, 400, dtype), logits(rng, 4, 400, dtype)
+    s[0, ::3] = t[0, ::3] = -INF
+    s[1, :390] = t[1, :390] = -INF
+    s[2, 7] = -INF  # by the student alone: forward KL is +inf, with a gradient
+    t[3, 100:] = -INF
+    labels = np.array([1, 399, 0, 5])
+    assert_kd(s, t, labels)
+    assert np.isposinf(kd(Device, s, t, labels)[0]).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize(("temperature", "scale"), [(0.05, 1.0), (0.5, 30.0), (20.0, 0.1), (1.0, 1e4), (1.0, 1e37)])
+def test_temperatures_and_scales(using, temperature, scale):
+    rng = np.random.default_rng(6)
+    s, t = logits(rng, 2, 300, F32, scale), logits(rng, 2, 300, F32, scale)
+    assert_kd(s, t, np.array([0, 299]), temperature=temperature)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_name)
+def test_much_of_little(using, dtype):
+    """Half of what a row adds up to lies in one class, half in classes far below: errors of theirs are alike."""
+    s, t = np.full((2, 4096), -8.25, F32), np.full((2, 4096), -8.375, F32)
+    s[0, 17], t[0, 1000], s[1, 5], t[1, 5] = 0.0, 0.0, 0.0, 0.0
+    s[1, ::2] += 0.125
+    assert_kd(s.astype(dtype), t.astype(dtype), np.array([17, 9]), temperature=1.0)
+
+
+def test_a_maximum_that_rises_all_the_time(using):
+    rising = np.arange(600, dtype=F32)[None] / 4
+    assert_kd(rising, rising[:, ::-1].copy(), np.array([599]), temperature=2.0)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_name)
+def test_results_do_not_depend_on_where_rows_lie(using, dtype):
+    """By 16 bytes, and by elements where rows are not aligned, lie backwards or have gaps."""
+    rng = np.random.default_rng(7)
+    V, labels = 337, np.array([0, 336, 20])
+    s, t = logits(rng, 3, V, dtype), logits(rng, 3, V, dtype)
+    expected = kd(Device, s, t, labels)
+    objective = Objective(forward_kl(), 2.0, 2.0, 0.3, 4.0, -100)
+    for offset, step, stride in ((0, 344, 1), (1, 344, 1), (3, 337, 1), (8, 352, 1), (0, 700, 2), (337, 352, -1)):
+        places = []
+        for x in (s, t, np.zeros_like(s)):
+            host = np.full(400 + 3 * step + V * abs(stride), 7, x.dtype)
+            start = offset + (V if stride < 0 else 0)
+            view = np.lib.stride_tricks.as_strided(
+                host[start:], (3, V), (step * x.dtype.itemsize, stride * x.dtype.itemsize)
+            )
+            view[...] = x
+            whole = memory.to_device(host, None)
+            description = (whole[start:].address, view.shape, view.strides, whole.dtype, True, None, None)
+            places.append((whole, memory.DeviceArray(description, whole.owner), view, host))
+        (_, d_s, _, _), (_, d_t, _, _), (whole, out, view, host) = places
+        loss, ce, kl = (memory.empty((3,), np.float64, None) for _ in range(3))
+        kdcore.cuda.kd_rows(
+            d_s, d_t, memory.to_device(labels, None), memory.nothing(np.float64),
+            memory.full((1,), np.float64, 1.0, None), objective, out, loss, ce, kl, memory.nothing(np.int64, (0, 2)),
+            None,
+        )  # fmt: skip
+        assert memory.to_host(loss).tobytes() == expected[0].tobytes()
+        view[...] = expected[3]  # and nothing beside the gradient is written
+        assert memory.to_host(whole).tobytes() == host.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_name)
+def test_results_do_not_depend_on_other_rows(using, dtype):
+    rng = np.random.default_rng(8)
+    s, t, labels = logits(rng, 5, 411, dtype), logits(rng, 5, 411, dtype), rng.integers(411, size=5)
+    together = kd(Device, s, t, labels)
+    for i in range(5):
+        alone = kd(Device, s[i : i + 1], t[i : i + 1], labels[i : i + 1])
+        for x, y in zip(together, alone, strict=True):
+            assert x[i : i + 1].tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("threads", [32, 96, 128])
+@pytest.mark.parametrize("kernel", ["row", "group"])
+def test_numbers_of_threads(kernel, threads):
+    rng = np.random.default_rng(9)
+    s, t = logits(rng, 2, 1001, F32), logits(rng, 2, 1001, F32)
+    with plans.using(kernel=kernel, threads=threads):
+        assert_kd(s, t, np.array([1000, 500]))
+
+
+def test_many_blocks():
+    """More than lanes of a warp; in the simulator, as many as run at the same time."""
+    rng = np.random.default_rng(10)
+    s, t = logits(rng, 1, 650, F32), logits(rng, 1, 650, F32)
+    with plans.using(kernel="group", blocks=32 if SIMULATOR else 64):
+        assert_kd(s, t, np.array([640]))
+
+
+# --- the choice ----------------------------------------------------------------------------------------------------
+
+
+def test_the_choice_is_explained():
+    if not SIMULATOR:
+        pytest.skip("the numbers are those of the simulator's device")
+    assert plans.explain(32768).startswith("row kernel, 1 block of 64 threads a row: the second read comes from the")
+    assert "132 rows of both inputs, 33 MiB, at a time, of a cache of 50 MiB" in plans.explain(32768)
+    assert plans.explain(32768, "bfloat16").startswith("row kernel")
+    assert plans.explain(100_000, "bfloat16").startswith("group kernel, 10 blocks of 32 threads a row: rows are kept")
+    assert plans.explain(100_000, "float64").startswith("row kernel")
+    assert "more classes than the group kernel can keep" in plans.explain(10_000_000)
+    with plans.using(kernel="row", threads=128):
+        assert plans.explain(100_000) == "row kernel, 1 block of 128 threads a row: as was asked for"
+
+
+def test_large_rows_are_worked_by_the_group_kernel(monkeypatch):
+    """What is chosen is what runs."""
+    rng = np.random.default_rng(11)
+    s, t, labels = logits(rng, 1, 800, F32), logits(rng, 1, 800, F32), np.array([3])
+    with plans.using(kernel="group"):
+        by_group = kd(Device, s, t, labels)
+    ran = []
+    original = groups.group_kernel
+    monkeypatch.setattr("kdcore.cuda.launch.group_kernel", lambda *key: ran.append(key) or original(*key))
+    by_row = kd(Device, s, t, labels)
+    assert not ran
+    monkeypatch.setattr(plans, "_SHARE_OF_CACHE", 1e-9)
+    chosen = kd(Device, s, t, labels)
+    assert len(ran) == 1
+    for x, y, z in zip(chosen, by_group, by_row, strict=True):
+        assert x.tobytes() == y.tobytes()
+        np.testing.assert_allclose(x, z, rtol=2e-6, atol=1e-8)
+
+
+def test_what_cannot_be_asked_for():
+    x = np.zeros((1, 6000), F32)
+    for options, words in [
+        ({"kernel": "group", "threads": 256}, "threads=256, but a block of the group kernel has at most 224"),
+        ({"kernel": "group", "threads": 32, "blocks": 1}, "needs 2 to 64 blocks of 32 threads for 6000 classes"),
+        ({"kernel": "group", "blocks": 65}, "to 64 blocks"),
+        ({"kernel": "row", "threads": 2048}, "threads=2048, but a block of this kernel has at most 1024"),
+    ]:
+        with plans.using(**options), pytest.raises(DomainError, match=words):
+            kd(Device, x, x, alpha=0.0)
+    with plans.using(kernel="group"), pytest.raises(DomainError, match="worked in float32"):
+        kd(Device, x.astype(F64), x.astype(F64), alpha=0.0)
+    with plans.using(kernel="group"), pytest.raises(DomainError, match="forward KL"):
+        kd(Device, x, x, alpha=0.0, divergence="jsd")
+    for options, words in [
+        ({"kernel": "fast"}, "kernel must be"),
+        ({"threads": 48}, "multiple of 32, got 48"),
+        ({"blocks": 0}, "blocks"),
+    ]:
+        with pytest.raises(DomainError, match=words), plans.using(**options):
+            pass
+    with pytest.raises(DTypeError, match="float8"):
+        plans.explain(100, "float8")
