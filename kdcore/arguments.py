@@ -49,6 +49,7 @@ __all__ = [
     "check_logits",
     "check_same_shape",
     "kd_call",
+    "reduced",
     "row_blocks",
 ]
 
@@ -350,6 +351,15 @@ def check_gradients(engine: Engine, status: Any, lead: tuple[int, ...], divergen
         )
 
 
+def reduced(engine: Engine, results: Any, reduction: str, lead: tuple[int, ...]) -> list[Any]:
+    """loss, ce and kl of rows, [3, B], as the caller gets them."""
+    if reduction == "none":
+        return [engine.hand_over(results[k].reshape(lead)) for k in range(3)]
+    totals = engine.empty((3,), np.float64)
+    engine.kernels.reduce_rows(results, totals, engine.where)
+    return [engine.hand_over(totals[k]) for k in range(3)]
+
+
 # --- a KD operation ------------------------------------------------------------------------------------------------
 
 
@@ -406,19 +416,11 @@ class KDCall(NamedTuple):
             self._raise_for_rows(check_rows)
         if self.strict and self.gradient is not None:
             check_gradients(engine, self.status, self.lead, self.objective.divergence.name)
-        if self.reduction == "none":
-            values = [self.results[k].reshape(self.lead) for k in range(3)]
-        else:
-            totals = engine.empty((3,), np.float64)
-            engine.kernels.reduce_rows(self.results, totals, engine.where)
-            values = [totals[k] for k in range(3)]
-        loss = engine.hand_over(values[0])
-        ce = engine.hand_over(values[1]) if alpha > 0 else None
-        kl = engine.hand_over(values[2]) if alpha < 1 else None
+        loss, ce, kl = reduced(engine, self.results, self.reduction, self.lead)
         gradient = self.out
         if gradient is None and self.gradient is not None:
             gradient = engine.hand_over(self.gradient)
-        return KDOutput(loss, gradient, ce, kl)
+        return KDOutput(loss, gradient, ce if alpha > 0 else None, kl if alpha < 1 else None)
 
     def _raise_for_rows(self, check_rows: Callable[[np.ndarray], None] | None) -> None:
         status = self.engine.memory.to_host(self.status)

@@ -24,6 +24,7 @@ __all__ = [
     "resolve_threads",
     "to_device",
     "to_host",
+    "transfer_ring",
 ]
 
 #: Beyond any machine's cores: a larger number is a mistake, and would start as many threads.
@@ -138,6 +139,12 @@ def to_device(array: np.ndarray, stream: Any = None) -> Any:
     """A copy of a host array on the CUDA device."""
     require_cuda()
     return import_module("kdcore.cuda.memory").to_device(array, stream).owner
+
+
+def transfer_ring(held: int, stream: Any = None) -> Any:
+    """A :class:`kdcore.cuda.transfers.TransferRing`: copies to the CUDA device beside the work on ``stream``."""
+    require_cuda()
+    return import_module("kdcore.cuda.transfers").TransferRing(held, stream)
 
 
 def to_host(array: Any) -> np.ndarray:

@@ -3,7 +3,8 @@
 A row's softmaxes and its forward KL follow from a few sums over classes, relative to the largest logits. They are the
 row's **state**: :func:`kd_state` of each slice of the vocabulary, :func:`merge_states` of all of them, in whatever
 order and by whatever means (an all-reduce of one's own), then :func:`kd_loss_from_state`, the same everywhere, and
-:func:`kd_gradient_from_state` of each slice, from the merged state. On host arrays.
+:func:`kd_gradient_from_state` of each slice, from the merged state. On host arrays, or on device arrays, of which
+nothing is checked that would have to wait for the device: bad rows become NaN.
 
 Rows that do not fit into memory are the same: the slices are then chunks of a file, read once for the states and once
 more for the gradients. ``examples/tensor_parallel.py`` has the slices in two MPI processes.
@@ -43,12 +44,17 @@ from kdcore.arguments import (
     at,
     check_logits,
     check_same_shape,
+    reduced,
+    row_blocks,
 )
 from kdcore.checks import flag, integer, number_in
-from kdcore.engines import Engine, host_engine
+from kdcore.engines import Engine, engine_of, on_device
 from kdcore.errors import DomainError, DTypeError, LabelError, ShapeError
 
 __all__ = ["KDState", "kd_gradient_from_state", "kd_loss_from_state", "kd_state", "merge_states"]
+
+#: Numbers that a row's state is made of.
+_COLUMNS = 7
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,16 +77,19 @@ class KDState:
     (2,)
     """
 
-    values: np.ndarray
+    values: Any
     temperature: float
     teacher_temperature: float
 
     def __post_init__(self) -> None:
-        values = np.asarray(self.values)
-        if values.dtype != np.float64:
-            raise DTypeError(f"values of a state must be float64, got dtype {values.dtype}")
-        if values.ndim == 0 or values.shape[-1] != _columns():
-            raise ShapeError(f"values of a state must have shape [..., {_columns()}], got {list(values.shape)}")
+        values = self.values if on_device(self.values) else np.asarray(self.values)
+        array = values
+        if not isinstance(values, np.ndarray):
+            array = engine_of({"values": values}, None, None).memory.as_array(values)
+        if array.dtype != np.float64:
+            raise DTypeError(f"values of a state must be float64, got dtype {array.dtype}")
+        if array.ndim == 0 or array.shape[-1] != _COLUMNS:
+            raise ShapeError(f"values of a state must have shape [..., {_COLUMNS}], got {list(array.shape)}")
         object.__setattr__(self, "values", values)
         for name in ("temperature", "teacher_temperature"):
             object.__setattr__(self, name, as_temperature(getattr(self, name), name))
@@ -88,24 +97,15 @@ class KDState:
     @property
     def lead(self) -> tuple[int, ...]:
         """The shape of the rows."""
-        return self.values.shape[:-1]
+        return tuple(self.values.shape)[:-1]
 
 
-def _rows(state: KDState) -> np.ndarray:
-    """The values [B, columns], contiguous, read-only: no kernel is compiled once more for a state that was received."""
-    values = np.ascontiguousarray(state.values).reshape(-1, _columns())
-    values.flags.writeable = False
-    return values
-
-
-def _columns() -> int:
-    return _kernels().STATE_COLUMNS
-
-
-def _kernels() -> Any:
-    from kdcore.cpu import states
-
-    return states
+def _rows(engine: Engine, state: KDState) -> Any:
+    """The values [B, columns], contiguous."""
+    values = engine.memory.as_array(state.values)
+    if engine.on_host:
+        values = np.ascontiguousarray(values)
+    return values.reshape((math.prod(state.lead), _COLUMNS))
 
 
 def _slices(engine: Engine, student_logits: Any, teacher_logits: Any, needed: bool = True) -> tuple[Any, Any]:
@@ -119,11 +119,13 @@ def _slices(engine: Engine, student_logits: Any, teacher_logits: Any, needed: bo
     return student, teacher
 
 
-def _classes(engine: Engine, labels: Any, lead: tuple[int, ...], ignore_index: int) -> np.ndarray:
+def _classes(engine: Engine, labels: Any, lead: tuple[int, ...], ignore_index: int) -> Any:
     """The labels of rows, flat; empty where there are none. How many classes there are, no slice knows."""
     if labels is None:
-        return np.empty(0, np.int64)
+        return engine.nothing(np.int64)
     labels = as_labels(engine, labels, lead)
+    if not engine.on_host:
+        return labels
     bad = (labels < 0) & (labels != ignore_index)
     if bad.any():
         row = int(bad.argmax())
@@ -142,13 +144,15 @@ def kd_state(
     start: int = 0,
     ignore_index: int = -100,
     threads: int | None = None,
+    stream: Any = None,
 ) -> KDState:
     """The state of a slice of the vocabulary.
 
     Parameters
     ----------
     student_logits, teacher_logits : array [..., v]
-        The slice's logits, on the host. A row may be -inf in all of them, if not in all slices.
+        The slice's logits, both on the host or both on a CUDA device. A row may be -inf in all of them, if not in all
+        slices.
     labels : array-like of int [...], or None
         Classes of the whole vocabulary, or ``ignore_index``: a row that is masked so is not read, one whose weight will
         be 0 is.
@@ -169,25 +173,26 @@ def kd_state(
     array([0., 4., 4., 0., 0., 0., 4.])
     """
     inputs = {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels}
-    engine = host_engine("kd_state", inputs, threads)
+    engine = engine_of(inputs, threads, stream)
     temperature = as_temperature(temperature)
     other = temperature if teacher_temperature is None else as_temperature(teacher_temperature, "teacher_temperature")
     start = integer(start, "start", least=0)
     ignore_index = integer(ignore_index, "ignore_index")
     student, teacher = _slices(engine, student_logits, teacher_logits)
-    lead = student.shape[:-1]
+    lead = tuple(student.shape)[:-1]
     labels = _classes(engine, labels, lead, ignore_index)
-    values = np.empty((*lead, _columns()))
-    rows = values.reshape(-1, _columns())
-    status = np.zeros((rows.shape[0], 2), np.int64)
-    engine.kernels.launch.state_rows(
-        student, teacher, labels, start, ignore_index, temperature, other, rows, status, engine.where
-    )
-    check_logits(engine, status, lead)
-    return KDState(values, temperature, other)
+    values = engine.empty((*lead, _COLUMNS), np.float64)
+    rows = values.reshape((math.prod(lead), _COLUMNS))
+    status = engine.full((rows.shape[0] if engine.on_host else 0, 2), np.int64, 0)
+    for part, (s, t) in row_blocks(engine, lead, [student, teacher]):
+        labels_, rows_, status_ = (a[part] if a.size else a for a in (labels, rows, status))
+        engine.kernels.state_rows(s, t, labels_, start, ignore_index, temperature, other, rows_, status_, engine.where)
+    if engine.on_host:
+        check_logits(engine, status, lead)
+    return KDState(engine.hand_over(values), temperature, other)
 
 
-def merge_states(a: KDState, b: KDState) -> KDState:
+def merge_states(a: KDState, b: KDState, *, stream: Any = None) -> KDState:
     """The state of two disjoint slices together: commutative to the last bit, associative within the bounds.
 
     Raises
@@ -207,36 +212,47 @@ def merge_states(a: KDState, b: KDState) -> KDState:
             f"states must share their temperatures, got {a.temperature}, {a.teacher_temperature}"
             f" and {b.temperature}, {b.teacher_temperature}"
         )
-    if a.values.shape != b.values.shape:
+    if a.lead != b.lead:
         raise ShapeError(f"states must be of the same rows, got {list(a.lead)} and {list(b.lead)}")
-    out = np.zeros(a.values.shape)
-    _kernels().merge_kernel(_rows(a), _rows(b), a.temperature, a.teacher_temperature, out.reshape(-1, _columns()))
-    # No -0.0 is left, because of 0.0 and -0.0 the first is taken for the larger.
-    return KDState(out + 0.0, a.temperature, a.teacher_temperature)
+    engine = engine_of({"a": a.values, "b": b.values}, None, stream)
+    out = engine.empty((*a.lead, _COLUMNS), np.float64)
+    rows = out.reshape((math.prod(a.lead), _COLUMNS))
+    engine.kernels.merge_state_rows(
+        _rows(engine, a), _rows(engine, b), a.temperature, a.teacher_temperature, rows, engine.where
+    )
+    return KDState(engine.hand_over(out), a.temperature, a.teacher_temperature)
 
 
 def _scales(
     engine: Engine, state: KDState, labels: Any, alpha: float, ignore_index: int, weights: Any, scaling: Scaling
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Any, Any]:
     """The labels, and w / denominator of each row, 0 where it is masked."""
     if labels is None and alpha > 0:
         raise LabelError(f"labels are needed unless alpha is 0, got labels=None and alpha={alpha}")
     labels = _classes(engine, labels, state.lead, ignore_index)
     given = as_weights(engine, weights, state.lead, scaling.divisor)
-    scale = given.copy() if given.size else np.ones(math.prod(state.lead))
-    if labels.size:
-        scale[labels == ignore_index] = 0.0
-    total = scale.sum() if scaling.divisor is None else scaling.divisor
-    return labels, scale / total if total > 0 else scale
+    rows = math.prod(state.lead)
+    if scaling.divisor is None:
+        denominator = engine.empty((1,), np.float64)
+        engine.kernels.weight_sum(labels, given, ignore_index, rows, denominator, engine.where)
+    else:
+        denominator = engine.full((1,), np.float64, scaling.divisor)
+    scale = engine.empty((rows,), np.float64)
+    engine.kernels.scale_rows(labels, given, ignore_index, denominator, scale, engine.where)
+    return labels, scale
 
 
-def _finished(engine: Engine, state: KDState, scale: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """ce and kl of rows, without T²; rows without support raise."""
-    ce, kl = np.empty((2, scale.size))
-    status = np.zeros((scale.size, 2), np.int64)
-    _kernels().finish_kernel(_rows(state), scale, alpha > 0, alpha < 1, state.teacher_temperature, ce, kl, status)
-    check_logits(engine, status, state.lead)
-    return ce, kl
+def _finished(engine: Engine, state: KDState, scale: Any, alpha: float, kd_scale: float) -> Any:
+    """loss, ce and kl of rows, [3, B]; on the host, rows without support raise."""
+    rows = math.prod(state.lead)
+    results = engine.empty((3, rows), np.float64)
+    status = engine.full((rows if engine.on_host else 0, 2), np.int64, 0)
+    engine.kernels.finish_state_rows(
+        _rows(engine, state), scale, alpha, kd_scale, state.teacher_temperature, results, status, engine.where
+    )
+    if engine.on_host:
+        check_logits(engine, status, state.lead)
+    return results
 
 
 def kd_loss_from_state(
@@ -249,6 +265,7 @@ def kd_loss_from_state(
     weights: Any = None,
     reduction: Reduction = "mean",
     denominator: float | None = None,
+    stream: Any = None,
 ) -> KDOutput:
     """The loss of :func:`kdcore.kd_loss_and_gradient` with forward KL, from the state of whole rows; no gradient.
 
@@ -268,27 +285,15 @@ def kd_loss_from_state(
     >>> print(round(float(kdcore.kd_loss_from_state(state, 2, alpha=1.0).loss), 6))  # log 4
     1.386294
     """
-    engine = host_engine("kd_loss_from_state", {"labels": labels, "weights": weights}, None)
+    engine = engine_of({"state": state.values, "labels": labels, "weights": weights}, None, stream)
     alpha = number_in(alpha, "alpha", 0, 1)
     ignore_index = integer(ignore_index, "ignore_index")
     scaling = as_scaling(reduction, denominator)
     labels, scale = _scales(engine, state, labels, alpha, ignore_index, weights, scaling)
-    ce, kl = _finished(engine, state, scale, alpha)
-    with np.errstate(over="ignore"):
-        if flag(scale_t2, "scale_t2"):
-            kl *= state.temperature**2
-        loss = kl if alpha == 0 else ce if alpha == 1 else alpha * ce + (1 - alpha) * kl
-
-    def reduced(values: np.ndarray) -> Any:
-        with np.errstate(over="ignore"):
-            return values.reshape(state.lead)[()] if reduction == "none" else values.sum()
-
-    return KDOutput(
-        loss=reduced(loss),
-        gradient=None,
-        ce=reduced(ce) if alpha > 0 else None,
-        kl=reduced(kl) if alpha < 1 else None,
-    )
+    kd_scale = state.temperature**2 if flag(scale_t2, "scale_t2") else 1.0
+    results = _finished(engine, state, scale, alpha, kd_scale)
+    values = reduced(engine, results, scaling.reduction, state.lead)
+    return KDOutput(values[0], None, values[1] if alpha > 0 else None, values[2] if alpha < 1 else None)
 
 
 def kd_gradient_from_state(
@@ -306,6 +311,7 @@ def kd_gradient_from_state(
     denominator: float | None = None,
     out: Any = None,
     threads: int | None = None,
+    stream: Any = None,
 ) -> Any:
     """The gradient of :func:`kd_loss_from_state` by the student's logits of one slice.
 
@@ -329,7 +335,7 @@ def kd_gradient_from_state(
     array([-0.75,  0.25])
     """
     inputs = {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels, "weights": weights}
-    engine = host_engine("kd_gradient_from_state", {**inputs, "out": out}, threads)
+    engine = engine_of({**inputs, "out": out, "state": state.values}, threads, stream)
     alpha = number_in(alpha, "alpha", 0, 1)
     start = integer(start, "start", least=0)
     ignore_index = integer(ignore_index, "ignore_index")
@@ -337,13 +343,20 @@ def kd_gradient_from_state(
     check_same_shape(student.shape[:-1], "student_logits without its classes", state.lead, "the state")
     scaling = as_scaling(reduction, denominator)
     labels, scale = _scales(engine, state, labels, alpha, ignore_index, weights, scaling)
-    _finished(engine, state, scale, alpha)  # whether the rows can be used
+    kd_scale = state.temperature**2 if flag(scale_t2, "scale_t2") else 1.0
+    if engine.on_host:
+        _finished(engine, state, scale, alpha, kd_scale)  # whether the rows can be used
     given = {"state": state.values, **inputs}
     shape = tuple(student.shape)
-    gradient = np.empty(shape, student.dtype) if out is None else as_output(engine, out, shape, "student_logits", given)
-    kd_scale = state.temperature**2 if flag(scale_t2, "scale_t2") else 1.0
-    engine.kernels.launch.slice_gradient_rows(
-        student, teacher, labels, start, _rows(state), scale, alpha, state.temperature, state.teacher_temperature,
-        kd_scale, gradient, engine.where,
-    )  # fmt: skip
-    return gradient if out is None else out
+    if out is None:
+        gradient = engine.empty(shape, student.dtype)
+    else:
+        gradient = as_output(engine, out, shape, "student_logits", given)
+    values = _rows(engine, state)
+    for part, (s, t, g) in row_blocks(engine, state.lead, [student, teacher, gradient]):
+        labels_, values_, scale_ = (a[part] if a.size else a for a in (labels, values, scale))
+        engine.kernels.slice_gradient_rows(
+            s, t, labels_, start, values_, scale_, alpha, state.temperature, state.teacher_temperature, kd_scale, g,
+            engine.where,
+        )  # fmt: skip
+    return engine.hand_over(gradient) if out is None else out

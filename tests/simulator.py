@@ -65,6 +65,8 @@ class _Block:
     def __init__(self, grid, point, shape):
         threads = int(np.prod(shape))
         self.point, self.shape, self.shared = Dim3(*point), shape, {}
+        #: How likely its threads are to do something while all others do: so blocks do not go in step.
+        self.speed = grid.random.choice((0.05, 0.3, 1.0))
         self.barrier = _Barrier(grid, threads)
         self.warps = [_Warp(grid, min(_WARP, threads - first)) for first in range(0, threads, _WARP)]
 
@@ -115,7 +117,9 @@ class _Grid(greenlet):
                 self._start_block()
             if not self.ready:
                 raise RuntimeError("a barrier that not all threads come to")
-            turn, self.ready = self.ready, []
+            turn = [thread for thread in self.ready if self.random.random() < thread.block.speed] or self.ready
+            turned = set(turn)
+            self.ready = [thread for thread in self.ready if thread not in turned]
             self.random.shuffle(turn)
             for thread in turn:
                 # Where Numba's modules look for them.

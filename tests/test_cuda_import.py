@@ -41,17 +41,15 @@ def test_launchers_import_without_a_gpu():
 
 
 class Exported:
-    """As another library's device array, and a PyTorch tensor that requires grad."""
+    """As another library's device array, and a PyTorch tensor that requires a gradient."""
 
     def __init__(self, requires_grad=False):
-        self.requires_grad = requires_grad
-
-    def detach(self):
-        return Exported()
+        if requires_grad:
+            self.is_cuda = True
 
     @property
     def __cuda_array_interface__(self):
-        if self.requires_grad:
+        if hasattr(self, "is_cuda"):
             raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad.")
         return {"shape": (3,), "typestr": "<f4", "data": (0, True), "version": 3}
 

@@ -1,5 +1,10 @@
 """The two KD kernels of the CUDA engine, each forced upon calls that may have chosen the other; and the choice."""
 
+import runpy
+from functools import reduce
+from itertools import pairwise
+from pathlib import Path
+
 import numpy as np
 import pytest
 from cuda_engines import BF16, F16, F32, F64, INF, NAN, Device, assert_kd, dtype_name, kd, logits
@@ -11,8 +16,10 @@ from kdcore.errors import DomainError, DTypeError
 REASON = available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 if REASON is None:
+    from numba import cuda, float64
+
     import kdcore.cuda
-    from kdcore.cuda import groups, memory, plans
+    from kdcore.cuda import groups, memory, plans, rows
     from kdcore.cuda.primitives import SIMULATOR
     from kdcore.divergences import forward_kl
     from kdcore.objective import Objective
@@ -259,3 +266,95 @@ def test_what_cannot_be_asked_for():
             pass
     with pytest.raises(DTypeError, match="float8"):
         plans.explain(100, "float8")
+
+
+def test_the_example(capsys):
+    """A kernel of a user's own, of row functions; it checks itself against the host."""
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "cuda_kernel.py"), run_name="__main__")
+    assert "confidence: [0." in capsys.readouterr().out
+
+
+def test_reductions_one_after_another():
+    """Each leaves its scratch as the next one needs it, whichever thread comes first."""
+
+    @cuda.jit
+    def reductions(out):
+        shared = cuda.shared.array(rows.SCRATCH, float64)
+        i = np.float64(cuda.threadIdx.x)
+        for k in range(4):
+            low, high = rows.block_maxima(-i - k, i * k, shared)
+            a, b, c = rows.block_sums(i + k, 0.0, 1.0, 0.5, i * k, 0.0, shared)
+            d, _, _ = rows.block_sums(i, 0.0, 1.0, 0.5, i * k, 0.0, shared)
+            for n, value in enumerate((low, high, a, b, c, d)):
+                out[cuda.threadIdx.x, k, n] = value
+
+    out = cuda.device_array((96, 4, 6), np.float64)
+    reductions[1, 96](out)
+    total = 95 * 48
+    expected = [[-k, 95 * k, total + 96 * k, 144, total * k, total] for k in range(4)]
+    np.testing.assert_array_equal(out.copy_to_host(), np.broadcast_to(expected, (96, 4, 6)))
+
+
+# --- mergeable states ----------------------------------------------------------------------------------------------
+
+
+def in_slices(arrays, cuts, temperature, alpha, **options):
+    """Loss and gradient by way of the states of slices, merged from the last to the first."""
+    student, teacher, labels = arrays
+    bounds = list(pairwise((0, *cuts, student.shape[1])))
+    slices = [(start, student[:, start:end], teacher[:, start:end]) for start, end in bounds]
+    parts = [kdcore.kd_state(s, t, labels, temperature, start=start) for start, s, t in slices]
+    state = reduce(kdcore.merge_states, reversed(parts))
+    result = kdcore.kd_loss_from_state(state, labels, alpha, **options)
+    gradients = [
+        kdcore.kd_gradient_from_state(state, s, t, labels, alpha, start=start, **options) for start, s, t in slices
+    ]
+    return state, result, gradients
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=dtype_name)
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.3, 2.0), (0.0, 3.0), (1.0, 1.0)])
+def test_states_are_the_hosts(dtype, alpha, temperature):
+    rng = np.random.default_rng(12)
+    s, t, labels = logits(rng, 4, 90, dtype), logits(rng, 4, 90, dtype), np.array([0, 89, -100, 50])
+    s[0, :40] = t[0, :40] = -INF  # a slice without support
+    t[1, 3] = -INF
+    weights = np.array([1.0, 2.0, 1.0, 0.5])
+    cuts = (40, 60)
+    host_state, host, host_gradients = in_slices((s, t, labels), cuts, temperature, alpha, weights=weights)
+    arrays = [cuda.to_device(array) for array in (s, t, labels)]
+    device_state, device, gradients = in_slices(arrays, cuts, temperature, alpha, weights=cuda.to_device(weights))
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == F64 else {"rtol": 2e-6, "atol": 2e-6}
+    read = labels >= 0
+    np.testing.assert_allclose(device_state.values.copy_to_host()[read], host_state.values[read], **tolerance)
+    for ours, other in zip((host.loss, host.ce, host.kl), (device.loss, device.ce, device.kl), strict=True):
+        assert (ours is None) == (other is None)
+        if ours is not None:
+            np.testing.assert_allclose(other.copy_to_host(), ours, **tolerance)
+    rounding = {"rtol": 0, "atol": 5e-3} if dtype == BF16 else tolerance
+    for ours, other in zip(host_gradients, gradients, strict=True):
+        np.testing.assert_allclose(other.copy_to_host().astype(F64), ours.astype(F64), **rounding)
+
+
+def test_states_merge_alike_either_way():
+    rng = np.random.default_rng(13)
+    s, t = logits(rng, 3, 80, F32), logits(rng, 3, 80, F32)
+    s[1, :40] = -INF
+    a, b = (
+        kdcore.kd_state(*(cuda.to_device(np.ascontiguousarray(x[:, part])) for x in (s, t)), None, 2.0)
+        for part in (slice(0, 40), slice(40, 80))
+    )
+    one, other = kdcore.merge_states(a, b).values, kdcore.merge_states(b, a).values
+    assert one.copy_to_host().tobytes() == other.copy_to_host().tobytes()
+
+
+def test_states_of_rows_that_cannot_be_used():
+    """Nothing waits for the device, so nothing raises: they are NaN."""
+    s, t = np.zeros((3, 20), F32), np.zeros((3, 20), F32)
+    s[0, 3], t[1] = NAN, -INF
+    s, t = cuda.to_device(s), cuda.to_device(t)
+    state = kdcore.kd_state(s, t, None, 2.0)
+    loss = kdcore.kd_loss_from_state(state, None, 0.0, reduction="none").loss.copy_to_host()
+    assert np.isnan(loss).tolist() == [True, True, False]
+    gradient = kdcore.kd_gradient_from_state(state, s, t, None, 0.0, reduction="none").copy_to_host()
+    assert np.isnan(gradient).all(axis=1).tolist() == [True, True, False]

@@ -57,6 +57,17 @@ def test_kd(batch, dtype, reduction):
         assert_same(ours, theirs, dtype)
 
 
+def test_sums_of_rows_that_are_infinite(batch):
+    """A row that the student rules out makes the mean infinite, not undefined."""
+    student, teacher, labels, _ = batch
+    student[0, 1, 2] = student[1, 1, labels[1, 1]] = -np.inf
+    host = kdcore.kd_loss_and_gradient(student, teacher, labels, 2.0, 0.3)
+    device = kdcore.kd_loss_and_gradient(*on_device(student, teacher, labels), 2.0, 0.3)
+    assert [float(part.copy_to_host()) for part in (device.loss, device.ce, device.kl)] == [np.inf] * 3
+    assert host.loss == host.ce == host.kl == np.inf
+    assert_same(host.gradient, device.gradient, "float64")
+
+
 def test_parts_of_the_objective(batch):
     student, teacher, labels, _ = batch
     s, t, y = on_device(student, teacher, labels)

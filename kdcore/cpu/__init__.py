@@ -5,13 +5,31 @@ here ``threads``, there ``stream``. Row functions for reuse are in :mod:`kdcore.
 """
 
 from kdcore.cpu.launch import (
+    finish_state_rows,
     kd_rows,
     linear,
     log_softmax_rows,
     logsumexp_rows,
+    merge_state_rows,
     reduce_rows,
+    scale_rows,
+    slice_gradient_rows,
     softmax_rows,
+    state_rows,
     weight_sum,
 )
 
-__all__ = ["kd_rows", "linear", "log_softmax_rows", "logsumexp_rows", "reduce_rows", "softmax_rows", "weight_sum"]
+__all__ = [
+    "finish_state_rows",
+    "kd_rows",
+    "linear",
+    "log_softmax_rows",
+    "logsumexp_rows",
+    "merge_state_rows",
+    "reduce_rows",
+    "scale_rows",
+    "slice_gradient_rows",
+    "softmax_rows",
+    "state_rows",
+    "weight_sum",
+]

@@ -16,11 +16,14 @@ from kdcore.objective import needs_float64
 from kdcore.rowstatus import TOO_WIDE
 
 __all__ = [
+    "finish_state_rows",
     "kd_rows",
     "linear",
     "log_softmax_rows",
     "logsumexp_rows",
+    "merge_state_rows",
     "reduce_rows",
+    "scale_rows",
     "slice_gradient_rows",
     "softmax_rows",
     "state_rows",
@@ -277,6 +280,31 @@ def state_rows(student, teacher, labels, start, ignore_index, temperature, teach
     run_blocks(task, state.shape[0], classes, threads)
 
 
+def merge_state_rows(a, b, temperature, teacher_temperature, out, threads):
+    """out [B, STATE_COLUMNS] = the states of the slices of a and of b together."""
+    states.merge_kernel(_readable(a), _readable(b), temperature, teacher_temperature, out)
+    # No -0.0 is left, because of 0.0 and -0.0 the first is taken for the larger.
+    out += 0.0
+
+
+def scale_rows(labels, weights, ignore_index, denominator, out, threads):
+    """out [B] = weight / denominator[0] of each row, 0 where it is masked."""
+    out[...] = weights if weights.size else 1.0
+    if labels.size:
+        out[labels == ignore_index] = 0.0
+    if denominator[0] > 0:
+        out /= denominator[0]
+
+
+def finish_state_rows(state, scale, alpha, kd_scale, teacher_temperature, results, status, threads):
+    """results [3, B] = loss, ce and kl of whole rows, scaled; NaN of those that cannot be used."""
+    loss, ce, kl = results
+    states.finish_kernel(_readable(state), scale, alpha > 0, alpha < 1, teacher_temperature, ce, kl, status)
+    with np.errstate(over="ignore"):
+        kl *= kd_scale
+        loss[...] = kl if alpha == 0 else ce if alpha == 1 else alpha * ce + (1 - alpha) * kl
+
+
 def slice_gradient_rows(
     student, teacher, labels, start, state, scale, alpha, temperature, teacher_temperature, kd_scale, gradient, threads
 ):
@@ -288,7 +316,7 @@ def slice_gradient_rows(
     def task(lo, hi):
         scratch = _scratch(classes, wide)
         states.slice_gradient_kernel(
-            s.flat, s.stride, t.flat, t.stride, classes, labels, start, state, scale, alpha, temperature,
+            s.flat, s.stride, t.flat, t.stride, classes, labels, start, _readable(state), scale, alpha, temperature,
             teacher_temperature, kd_scale, scratch.work, scratch.pads, scratch.states, lo, hi, g.flat, g.stride,
         )  # fmt: skip
 

@@ -12,12 +12,17 @@ from importlib import import_module
 from typing import Any
 
 __all__ = [
+    "finish_state_rows",
     "kd_rows",
     "linear",
     "log_softmax_rows",
     "logsumexp_rows",
+    "merge_state_rows",
     "reduce_rows",
+    "scale_rows",
+    "slice_gradient_rows",
     "softmax_rows",
+    "state_rows",
     "weight_sum",
 ]
 

@@ -14,7 +14,7 @@ import numpy as np
 from numba import cuda, float64
 
 from kdcore import formulas
-from kdcore.cuda.distillation import no_sums, stages
+from kdcore.cuda.distillation import stages
 from kdcore.cuda.primitives import (
     SIMULATOR,
     bind,
@@ -28,9 +28,7 @@ from kdcore.cuda.primitives import (
 )
 from kdcore.cuda.rows import (
     SCRATCH,
-    block_maxima,
-    block_sums,
-    carry,
+    block_total,
     condition_of,
     cross_entropy_of,
     fill_row,
@@ -38,13 +36,11 @@ from kdcore.cuda.rows import (
     is_usable,
     log_softmax_row,
     logsumexp_of,
-    octet_of,
-    octets_of,
     softmax_row,
     softmax_sums,
     whole_octets,
-    write_octet,
 )
+from kdcore.cuda.sweeps import sweeps
 from kdcore.formulas import HEADROOM
 from kdcore.rowstatus import LABEL, OK, STUDENT, TEACHER, UNDEFINED_GRADIENT, WEIGHT
 
@@ -144,82 +140,16 @@ def report_unusable(i, s, t, size, student_is_bad, status, shared):
         report(status, i, (STUDENT if student_is_bad else TEACHER) + condition, v)
 
 
-def _kd_kernel(parts, term, slope, wide):
+@cache
+def kd_kernel(parts, term, slope, wide):
+    """The row kernel of an objective's parts and of its divergence's formulas, None for forward KL.
+
+    ``wide``: whether it is to work in float64.
+    """
     soft, hard, _ = parts
     two_formulas = term is not None
-    stage = stages(parts, term, slope)
-    rates_of, gather, settle, weigh, spend, spend_one = stage
-
-    @cuda.jit(device=True)
-    def sums_of(s, t, size, rates, tags, adjacent, whole, like):
-        """A thread's sums."""
-        sums = no_sums(like)
-        a, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
-        step = 8 * cuda.blockDim.x
-        if whole:
-            while a + gap + 4 <= size:
-                x = octet_of(s, a, a + gap, size, True, like)
-                y = x
-                if soft:
-                    y = octet_of(t, a, a + gap, size, True, like)
-                sums = gather(sums, x, y, rates, tags)
-                a += step
-        while a < size:
-            x = octet_of(s, a, a + gap, size, False, like)
-            y = x
-            if soft:
-                y = octet_of(t, a, a + gap, size, False, like)
-            sums = gather(sums, x, y, rates, tags)
-            a += step
-        return sums
-
-    @cuda.jit(device=True)
-    def weights_of(s, t, size, maxima, rates, tags, softmaxes, adjacent, whole, like):
-        """A thread's sums of terms and slopes."""
-        value, mean = np.float64(0), np.float64(0)
-        a, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
-        step = 8 * cuda.blockDim.x
-        while a < size:
-            inside = whole and a + gap + 4 <= size
-            x = octet_of(s, a, a + gap, size, inside, like)
-            y = octet_of(t, a, a + gap, size, inside, like)
-            value, mean = weigh(value, mean, x, y, a, a + gap, size, maxima, rates, tags, softmaxes)
-            a += step
-        return value, mean
-
-    @device
-    def spend_octet(w, low, s, t, g, a, b, size, maxima, rates, tags, factors, ratio, softmaxes, whole, like):
-        """The gradient of an octet is written; (w, low) and its part of the moment."""
-        x = octet_of(s, a, b, size, whole, like)
-        y = x
-        if soft:
-            y = octet_of(t, a, b, size, whole, like)
-        z, part = spend(x, y, maxima, rates, tags, factors, ratio, softmaxes)
-        if g[0] != 0:
-            write_octet(g, a, b, size, whole, z)
-        if soft and not two_formulas:
-            w, low = carry(w, low, part)
-        return w, low
-
-    @cuda.jit(device=True)
-    def spend_row(s, t, g, size, maxima, rates, tags, factors, ratio, softmaxes, adjacent, whole, like):
-        """The gradient is written, but for what the label adds; a thread's (w, low)."""
-        w, low = cast(0, like), cast(0, like)
-        start, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
-        step = 8 * cuda.blockDim.x
-        # Backwards, because the last classes were read last and are still in the cache.
-        a = start + (size - 1 - start) // step * step
-        while a >= 0 and not (whole and a + gap + 4 <= size):
-            w, low = spend_octet(
-                w, low, s, t, g, a, a + gap, size, maxima, rates, tags, factors, ratio, softmaxes, False, like
-            )
-            a -= step
-        while a >= 0:
-            w, low = spend_octet(
-                w, low, s, t, g, a, a + gap, size, maxima, rates, tags, factors, ratio, softmaxes, True, like
-            )
-            a -= step
-        return w, low
+    rates_of, _, _, _, _, spend_one = stages(parts, term, slope)
+    sums_of, weights_of, spend_row = sweeps(parts, term, slope)
 
     @kernel_of(most_threads(wide, parts.power == 0))
     def kernel(
@@ -251,10 +181,7 @@ def _kd_kernel(parts, term, slope, wide):
         rates = rates_of(temperature, teacher_temperature, like)
         adjacent = itemsize(s[2]) == 2 or (soft and itemsize(t[2]) == 2)
         whole = whole_octets(s) and (not soft or whole_octets(t))
-        sums = sums_of(s, t, size, rates, tags, adjacent, whole, like)
-        maxima = block_maxima(sums[0], sums[5], shared)
-        z_s, low_s, z_h, low_h, z_t, low_t = settle(sums, maxima, rates, tags)
-        row_s, row_h, row_t = block_sums(z_s, low_s, z_h, low_h, z_t, low_t, shared)
+        maxima, row_s, row_h, row_t = sums_of(s, t, size, rates, tags, adjacent, whole, like, shared)
         if not (is_usable(row_s) and (not soft or is_usable(row_t))):
             if first:
                 write_results(results, i, math.nan, math.nan, math.nan)
@@ -283,8 +210,7 @@ def _kd_kernel(parts, term, slope, wide):
                 1.0 / row_s, 1.0 / row_t, 1.0 / HEADROOM / temperature, 1.0 / HEADROOM / teacher_temperature,
                 math.log(row_t / row_s), c,
             )  # fmt: skip
-            value, mean = weights_of(s, t, size, maxima, rates, tags, softmaxes, adjacent, whole, like)
-            value, mean, _ = block_sums(value, 0.0, mean, 0.0, 0.0, 0.0, shared)
+            value, mean = weights_of(s, t, size, maxima, rates, tags, softmaxes, adjacent, whole, like, shared)
             if math.isnan(value):
                 value = math.inf  # in a usable row NaN is 0 * inf: a class of p = 0 < q whose q has underflowed
             undefined = value == math.inf
@@ -297,16 +223,14 @@ def _kd_kernel(parts, term, slope, wide):
             ratio = cast(teacher_temperature / temperature, like)
             if given(gradient):
                 whole = whole and whole_octets(g) and (adjacent or itemsize(g[2]) != 2)
-            w, low = spend_row(s, t, g, size, maxima, rates, tags, factors, ratio, softmaxes, adjacent, whole, like)
-            zero = cast(0, like)
-            w_row, _, _ = block_sums(w, low, zero, zero, zero, zero, shared)
+            w = spend_row(s, t, g, size, maxima, rates, tags, factors, ratio, softmaxes, adjacent, whole, like, shared)
             if soft and not two_formulas:
-                value = _forward_kl_from_sums(w_row, shared[0, 5], shared[0, 3], teacher_temperature)
+                value = _forward_kl_from_sums(w, shared[0, 5], shared[0, 3], teacher_temperature)
             if hard and given(gradient) and first:
                 # Over what the sweep wrote, all of it before the reduction's barriers.
                 x, y = cast(shared[1, 0], like), cast(shared[1, 1], like)
                 z = cast(shared[0, 4], like)
-                of_label, _ = spend_one(zero, x, y, z, maxima, rates, tags, factors, ratio, softmaxes)
+                of_label, _ = spend_one(cast(0, like), x, y, z, maxima, rates, tags, factors, ratio, softmaxes)
                 store_real(g[0] + label * g[1], of_label, g[2])
         if first:
             ce, kl = 0.0, 0.0
@@ -318,15 +242,6 @@ def _kd_kernel(parts, term, slope, wide):
             report(status, i, UNDEFINED_GRADIENT if undefined else OK, 0)
 
     return kernel
-
-
-@cache
-def kd_kernel(parts, term, slope, wide):
-    """The row kernel of an objective's parts and of its divergence's formulas, None for forward KL.
-
-    ``wide``: whether it is to work in float64.
-    """
-    return _kd_kernel(parts, term, slope, wide)
 
 
 # --- one row -------------------------------------------------------------------------------------------------------
@@ -377,7 +292,7 @@ def weight_sum_kernel(labels, weights, ignore_index, rows, out):
         if not (given(labels) and label_at(labels, i) == ignore_index):
             total += weight_at(weights, i)
         i += cuda.blockDim.x
-    total = block_sums(total, 0.0, 0.0, 0.0, 0.0, 0.0, shared)[0]
+    total = block_total(total, shared)
     if cuda.threadIdx.x == 0:
         store_stored(out, total)
 
@@ -392,7 +307,7 @@ def reduce_kernel(rows, count, out):
     while i < count:
         total += load_stored(rows + 8 * (k * count + i), np.float64(0))
         i += cuda.blockDim.x
-    total = block_sums(total, 0.0, 0.0, 0.0, 0.0, 0.0, shared)[0]
+    total = block_total(total, shared)
     if cuda.threadIdx.x == 0:
         store_stored(out + 8 * k, total)
 

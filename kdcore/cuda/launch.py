@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kdcore.cuda import kernels
+from kdcore.cuda import kernels, states
 from kdcore.cuda.distillation import parts_of
 from kdcore.cuda.groups import PUBLISHED, group_kernel, resident_blocks
 from kdcore.cuda.memory import empty, full
@@ -16,12 +16,17 @@ from kdcore.objective import needs_float64
 
 __all__ = [
     "fill",
+    "finish_state_rows",
     "kd_rows",
     "linear",
     "log_softmax_rows",
     "logsumexp_rows",
+    "merge_state_rows",
     "reduce_rows",
+    "scale_rows",
+    "slice_gradient_rows",
     "softmax_rows",
+    "state_rows",
     "weight_sum",
 ]
 
@@ -124,6 +129,59 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
         )
     else:
         launch(kernels.kd_kernel(parts, term, slope, wide), rows, plan.threads, stream, *arguments)
+
+
+def state_rows(student, teacher, labels, start, ignore_index, temperature, teacher_temperature, state, status, stream):
+    """state [B, STATE_COLUMNS] of slices [B, V], whose first class is ``start``; rows with NaN become NaN."""
+    rows, size = student.shape
+    _check_dtypes(student.dtype, teacher.dtype)
+    parts = parts_of(0.5, temperature)
+    wide = needs_float64((student.dtype, teacher.dtype), temperature, teacher_temperature)
+    arguments = (
+        _matrix(student), _matrix(teacher), _vector(labels), int(start), int(ignore_index), float(temperature),
+        float(teacher_temperature), size, _like(wide), _start(state),
+    )  # fmt: skip
+    threads = threads_of(size, kernels.most_threads(wide, parts.power == 0))
+    launch(states.state_kernel(parts, wide), rows, threads, stream, *arguments)
+
+
+def merge_state_rows(a, b, temperature, teacher_temperature, out, stream):
+    """out [B, STATE_COLUMNS] = the states of the slices of a and of b together."""
+    rows = a.shape[0]
+    arguments = _start(a), _start(b), rows, float(temperature), float(teacher_temperature), _start(out)
+    launch(states.merge_kernel, -(-rows // _FEW), _FEW, stream, *arguments)
+
+
+def scale_rows(labels, weights, ignore_index, denominator, out, stream):
+    """out [B] = weight / denominator[0] of each row, 0 where it is masked."""
+    rows = out.shape[0]
+    arguments = _vector(labels), _vector(weights), int(ignore_index), rows, denominator.address, _start(out)
+    launch(states.scale_kernel, -(-rows // _FEW), _FEW, stream, *arguments)
+
+
+def finish_state_rows(state, scale, alpha, kd_scale, teacher_temperature, results, status, stream):
+    """results [3, B] = loss, ce and kl of whole rows, scaled; NaN of those that cannot be used."""
+    rows = state.shape[0]
+    scalars = rows, float(alpha), float(kd_scale), float(teacher_temperature)
+    arguments = _start(state), _start(scale), *scalars, tuple(_start(results[k]) for k in range(3))
+    launch(states.finish_kernel, -(-rows // _FEW), _FEW, stream, *arguments)
+
+
+def slice_gradient_rows(
+    student, teacher, labels, start, state, scale, alpha, temperature, teacher_temperature, kd_scale, gradient, stream
+):
+    """gradient [B, V] of slices, from the states [B, STATE_COLUMNS] of whole rows and their scales [B]."""
+    rows, size = student.shape
+    _check_dtypes(student.dtype, teacher.dtype, gradient.dtype)
+    parts = parts_of(alpha, temperature)
+    temperatures = (temperature, teacher_temperature) if parts.soft else (1.0, 1.0)
+    wide = needs_float64((student.dtype, teacher.dtype), *temperatures)
+    arguments = (
+        _matrix(student), _matrix(teacher), _vector(labels), int(start), _start(state), _start(scale), float(alpha),
+        *map(float, temperatures), float(kd_scale), size, _like(wide), _matrix(gradient),
+    )  # fmt: skip
+    threads = threads_of(size, kernels.most_threads(wide, parts.power == 0))
+    launch(states.gradient_kernel(parts, wide), rows, threads, stream, *arguments)
 
 
 def weight_sum(labels, weights, ignore_index, rows, out, stream):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kdcore.cuda.libraries import Description, library_of
-from kdcore.cuda.presence import detached, owns
+from kdcore.cuda.presence import owns
 from kdcore.errors import DTypeError, ShapeError
 
 __all__ = [
@@ -114,7 +114,7 @@ def describe(obj: Any, stream: int) -> DeviceArray:
     if not owns(obj):
         raise DTypeError(f"expected an array on a CUDA device, got {type(obj).__name__}")
     library = library_of(obj)
-    return DeviceArray(library.describe(detached(obj), stream), obj)
+    return DeviceArray(library.describe(obj, stream), obj)
 
 
 def is_writable(obj: Any) -> bool:

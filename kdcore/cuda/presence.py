@@ -7,12 +7,7 @@ from typing import Any
 
 from kdcore.errors import DeviceUnavailableError
 
-__all__ = ["available", "detached", "devices", "owns", "require"]
-
-
-def detached(obj: Any) -> Any:
-    """A PyTorch tensor without its autograd history, which keeps it from being exported; any other object as it is."""
-    return obj.detach() if getattr(obj, "requires_grad", False) is True else obj
+__all__ = ["available", "devices", "owns", "require"]
 
 
 #: What DLPack calls memory of a CUDA device, and such that host and device share.
@@ -21,8 +16,11 @@ _DLPACK_CUDA = (2, 13)
 
 def owns(obj: Any) -> bool:
     """Whether ``obj`` is a device array: Numba's (the simulator's too), or of CUDA's array interface or DLPack."""
-    # Numba marks its own arrays; the simulator's have no __cuda_array_interface__.
-    if getattr(obj, "__cuda_ndarray__", False) is True or hasattr(detached(obj), "__cuda_array_interface__"):
+    # PyTorch says it at once, where the interface takes its time and refuses a tensor that requires a gradient. Numba
+    # marks its own arrays; the simulator's have no interface.
+    if isinstance(is_cuda := getattr(obj, "is_cuda", None), bool):
+        return is_cuda
+    if getattr(obj, "__cuda_ndarray__", False) is True or hasattr(obj, "__cuda_array_interface__"):
         return True
     device = getattr(obj, "__dlpack_device__", None)
     return device is not None and device()[0] in _DLPACK_CUDA

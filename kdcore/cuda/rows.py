@@ -71,6 +71,7 @@ __all__ = [
     "add_octet",
     "block_maxima",
     "block_sums",
+    "block_total",
     "carry",
     "condition_of",
     "cross_entropy_of",
@@ -189,6 +190,19 @@ def block_sums(a, a_low, b, b_low, c, c_low, shared):
     a_, b_, c_ = warp_total(a_), warp_total(b_), warp_total(c_)
     cuda.syncthreads()
     return a_, b_, c_
+
+
+@cuda.jit(device=True)
+def block_total(x, shared):
+    """The sum of a float64 over the block, infinite where one of them is: the sums of block_sums would be NaN."""
+    x = warp_total(x)
+    lane, warp = cuda.threadIdx.x % _WARP, cuda.threadIdx.x // _WARP
+    if lane == 0:
+        shared[2, warp] = x
+    cuda.syncthreads()
+    x = warp_total(shared[2, lane] if lane < cuda.blockDim.x // _WARP else 0.0)
+    cuda.syncthreads()
+    return x
 
 
 # --- octets --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,325 @@
+"""Arrays of other libraries on the CUDA engine: in without a copy, out as arrays of their own.
+
+The simulator's device is the host, so that there a stand-in with a library's attributes, and memory of NumPy's, is as
+good as the library. On a device the libraries themselves are tried by ``benchmarks/gpu.py``.
+"""
+
+import ctypes
+import sys
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import kdcore
+from kdcore.cuda import libraries, memory
+from kdcore.cuda.presence import available, owns
+from kdcore.errors import AliasError, DeviceMismatchError, DTypeError, ShapeError
+
+REASON = available()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+if REASON is None:
+    from numba import cuda
+
+    from kdcore.cuda import streams
+    from kdcore.cuda.primitives import SIMULATOR
+
+    if not SIMULATOR:
+        pytestmark = [pytest.mark.gpu, pytest.mark.skip(reason="stand-ins have the memory of the host")]
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class Tensor:
+    """PyTorch's."""
+
+    __module__ = "torch"
+
+    def __init__(self, array, device=0):
+        self.array = array
+        self.device = SimpleNamespace(index=device)
+        self.dtype = f"torch.{array.dtype.name}"
+        self.shape = array.shape
+        self.recorded = []
+
+    is_cuda = True
+
+    @property
+    def __cuda_array_interface__(self):
+        raise RuntimeError("refused of a tensor that requires a gradient")
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def stride(self):
+        return tuple(stride // self.array.itemsize for stride in self.array.strides)
+
+    def element_size(self):
+        return self.array.itemsize
+
+    def as_strided(self, shape, strides, offset):
+        flat = self.array.reshape(-1)[offset:]
+        return Tensor(np.lib.stride_tricks.as_strided(flat, shape, [s * self.array.itemsize for s in strides]))
+
+    def record_stream(self, stream):
+        self.recorded.append(stream)
+
+
+@pytest.fixture
+def torch(monkeypatch):
+    """A stand-in for the module, whose current stream is 77."""
+    module = SimpleNamespace(
+        cuda=SimpleNamespace(
+            current_stream=lambda device: SimpleNamespace(cuda_stream=77),
+            ExternalStream=lambda handle, device: ("stream", handle),
+        ),
+        device=lambda kind, index: SimpleNamespace(index=index),
+        float32="float32", float64="float64", bfloat16="bfloat16", float16="float16", int32="int32", int64="int64",
+        empty=lambda shape, dtype, device: Tensor(
+            np.empty(shape, BF16 if dtype == "bfloat16" else dtype), device.index
+        ),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "torch", module)
+    return module
+
+
+class Cupy:
+    """CuPy's ndarray."""
+
+    __module__ = "cupy._core.core"
+
+    def __init__(self, array):
+        self.array, self.__cuda_array_interface__ = array, {}
+        self.dtype, self.shape, self.strides = array.dtype, array.shape, array.strides
+        self.data = Place(array.ctypes.data)
+        self.device = SimpleNamespace(id=0)
+
+
+class Place:
+    def __init__(self, ptr):
+        self.ptr = ptr
+
+    def __add__(self, offset):
+        return Place(self.ptr + offset)
+
+
+class Interface:
+    """Any library's, by the CUDA array interface alone."""
+
+    def __init__(self, array, typestr=None, readonly=False, stream=None):
+        self.array, self.dtype = array, array.dtype
+        self.__cuda_array_interface__ = {
+            "data": (array.ctypes.data, readonly), "shape": array.shape, "strides": array.strides,
+            "typestr": typestr or array.dtype.str, "version": 3, "stream": stream,
+        }  # fmt: skip
+
+
+class Capsule:
+    """Any library's, by DLPack alone: of bfloat16, which NumPy's own DLPack does not know."""
+
+    def __init__(self, array, device=(2, 0), code=None, contiguous=False):
+        self.array, self.dtype, self.where, self.streams = array, array.dtype, device, []
+        codes = {"f": (2, array.itemsize * 8), "i": (0, array.itemsize * 8), "V": (4, 16)}
+        kind, bits = (code, 16) if code is not None else codes[array.dtype.kind]
+        self.shape = (ctypes.c_int64 * array.ndim)(*array.shape)
+        self.strides = (ctypes.c_int64 * array.ndim)(*(s // array.itemsize for s in array.strides))
+        self.tensor = libraries._Tensor(
+            array.ctypes.data - 8, *device, array.ndim, kind, bits, 1, self.shape,
+            None if contiguous else self.strides, 8,
+        )  # fmt: skip
+
+    def __dlpack_device__(self):
+        return self.where
+
+    def __dlpack__(self, *, stream):
+        self.streams.append(stream)
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+        return new(ctypes.addressof(self.tensor), b"dltensor", None)
+
+
+@pytest.fixture
+def rows():
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 3, 40)).astype(np.float32)
+    return student, teacher, np.array([0, 39, -100])
+
+
+def expected(student, teacher, labels):
+    on_device = [cuda.to_device(array) for array in (student, teacher, labels)]
+    return kdcore.kd_loss_and_gradient(*on_device, 2.0, 0.3)
+
+
+def raw(array):
+    return memory.to_host(memory.as_array(array))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
+def test_pytorch(torch, rows, dtype):
+    student, teacher, labels = rows[0].astype(dtype), rows[1].astype(dtype), rows[2]
+    s, t, y = Tensor(student.repeat(2, axis=1)[:, ::2]), Tensor(teacher), Tensor(labels)
+    result = kdcore.kd_loss_and_gradient(s, t, y, 2.0, 0.3)
+    assert all(type(part).__module__ == "torch" for part in result)
+    assert result.gradient.dtype == f"torch.{np.dtype(dtype).name}"
+    assert (result.loss.shape, result.loss.dtype) == ((), "torch.float64")
+    for ours, other in zip(expected(student, teacher, labels), result, strict=True):
+        assert raw(ours).tobytes() == other.array.tobytes()
+    assert not result.gradient.recorded  # allocated on the stream that it is written on
+    out = Tensor(np.empty_like(student))
+    assert kdcore.kd_logit_gradient(s, t, y, 2.0, 0.3, out=out) is out
+    assert out.array.tobytes() == result.gradient.array.tobytes()
+
+
+def test_the_stream_that_pytorch_is_on(torch, rows):
+    s = Tensor(rows[0])
+    assert streams.queue_of({"s": s}, None).handle == 77
+    assert streams.queue_of({"s": s}, 5).handle == 5
+    assert kdcore.softmax(s, stream=5).recorded == [("stream", 5)]
+    assert not kdcore.softmax(s).recorded
+
+
+def test_arrays_on_two_devices(torch, rows):
+    with pytest.raises(DeviceMismatchError, match="student_logits on device 0, teacher_logits on device 1"):
+        kdcore.kd_loss(Tensor(rows[0]), Tensor(rows[1], device=1), None, 2.0, 0.0)
+
+
+def test_cupy(monkeypatch, rows):
+    module = SimpleNamespace(
+        cuda=SimpleNamespace(
+            get_current_stream=lambda device: SimpleNamespace(ptr=0),
+            Device=lambda device: Nothing(), ExternalStream=lambda handle: Nothing(),
+            Stream=SimpleNamespace(null=Nothing()),
+        ),
+        empty=lambda shape, dtype: Cupy(np.empty(shape, dtype)),
+        ndarray=lambda shape, dtype, place, strides: (shape, dtype, place.ptr, strides),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    result = kdcore.kd_loss_and_gradient(*map(Cupy, rows), 2.0, 0.3)
+    assert raw(expected(*rows).gradient).tobytes() == result.gradient.array.tobytes()
+    shape, dtype, address, strides = result.kl  # the third of three numbers, as a view
+    assert (shape, dtype, strides) == ((), np.float64, ())
+    assert result.loss[2] == address - 16
+
+
+class Nothing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_the_cuda_array_interface(rows, dtype):
+    student, teacher, labels = rows[0].astype(dtype), rows[1].astype(dtype), rows[2]
+    result = kdcore.kd_loss_and_gradient(*map(Interface, (student, teacher, labels)), 2.0, 0.3)
+    for ours, other in zip(expected(student, teacher, labels), result, strict=True):
+        assert type(other) is type(ours)  # Numba's
+        assert raw(ours).tobytes() == raw(other).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["<V2", "<f2", "<u2"])
+def test_bfloat16_whatever_it_is_exported_as(rows, kind):
+    x = rows[0].astype(BF16)
+    assert memory.as_array(Interface(x, kind)).dtype == BF16
+    ours, other = kdcore.softmax(cuda.to_device(x)), kdcore.softmax(Interface(x, kind))
+    assert raw(ours).tobytes() == raw(other).tobytes()
+
+
+def test_a_read_only_array_is_no_output(rows):
+    with pytest.raises(AliasError, match="out must be writable"):
+        kdcore.softmax(Interface(rows[0]), out=Interface(np.empty_like(rows[0]), readonly=True))
+
+
+def test_the_stream_that_an_array_was_made_on(rows):
+    assert streams.queue_of({"x": Interface(rows[0], stream=2)}, None).handle == 2
+    assert streams.queue_of({"x": Interface(rows[0], stream=2)}, 3).handle == 3
+    assert streams.queue_of({"x": Interface(rows[0])}, None).handle == 0
+
+
+def test_dtypes_that_are_no_numbers_of_ours(rows):
+    for kind in ("<V4", ">f4", "<c8"):
+        with pytest.raises(DTypeError, match="is not supported"):
+            memory.as_array(Interface(rows[0], kind))
+    with pytest.raises(DTypeError, match="is not supported"):
+        memory.as_array(Capsule(rows[0].astype(BF16), code=5))
+    with pytest.raises(DTypeError, match="logits must be float32"):
+        kdcore.softmax(Interface(rows[2].reshape(1, 3)))
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, BF16])
+def test_dlpack(rows, dtype, contiguous):
+    student, teacher, labels = rows[0].astype(dtype), rows[1].astype(dtype), rows[2]
+    given = [Capsule(array, contiguous=contiguous) for array in (student, teacher, labels)]
+    result = kdcore.kd_loss_and_gradient(*given, 2.0, 0.3)
+    for ours, other in zip(expected(student, teacher, labels), result, strict=True):
+        assert raw(ours).tobytes() == raw(other).tobytes()
+    assert set(given[0].streams) == {1}  # the legacy default stream is not 0 there
+    array = memory.as_array(Capsule(student[:, ::2].T))
+    assert (array.shape, array.strides) == ((20, 3), (2 * student.itemsize, 40 * student.itemsize))
+
+
+def test_dlpack_of_the_host_is_the_hosts(rows):
+    assert not owns(Capsule(rows[0], device=(1, 0)))
+    assert owns(Capsule(rows[0], device=(13, 0)))
+
+
+def test_jax(monkeypatch, rows):
+    """Arrays that cannot be written by others, and results that are there when they are handed over."""
+
+    class Array(Capsule):
+        __module__ = "jaxlib._jax"
+
+        def __getitem__(self, key):
+            return Array(self.array[key])
+
+        def reshape(self, *shape):
+            return Array(self.array.reshape(*shape))
+
+        def block_until_ready(self):
+            return self
+
+    module = SimpleNamespace(numpy=SimpleNamespace(zeros=lambda shape, dtype: Array(np.zeros(shape, dtype))))
+    monkeypatch.setitem(sys.modules, "jax", module)
+    waited = []
+    monkeypatch.setattr(streams, "synchronize", waited.append)
+    result = kdcore.kd_loss_and_gradient(*map(Array, rows), 2.0, 0.3)
+    for ours, other in zip(expected(*rows), result, strict=True):
+        assert type(other) is Array
+        assert raw(ours).tobytes() == other.array.tobytes()
+    assert waited
+    with pytest.raises(AliasError, match="out must be writable"):
+        kdcore.softmax(Array(rows[0]), out=Array(np.zeros_like(rows[0])))
+
+
+def test_labels_with_gaps(rows):
+    student, teacher, labels = rows
+    gaps = np.full((3, 2), 1000)
+    gaps[:, 0] = labels
+    apart = kdcore.kd_loss(Interface(student), Interface(teacher), Interface(gaps[:, 0]), 2.0, 0.3)
+    assert raw(apart).tobytes() == raw(expected(*rows).loss).tobytes()
+
+
+def test_views():
+    x = np.arange(120.0).reshape(4, 5, 6)
+    array = memory.as_array(Interface(x))
+    for key in (
+        1,
+        -1,
+        slice(1, 3),
+        slice(None, None, -2),
+        (2, 3),
+        (slice(0, 0), 1),
+        (1, slice(2, None), slice(0, 6, 5)),
+    ):
+        view = array[key]
+        assert (view.shape, view.size) == (x[key].shape, x[key].size)
+        np.testing.assert_array_equal(memory.to_host(view), x[key])
+    with pytest.raises(IndexError):
+        array[4]
+    np.testing.assert_array_equal(memory.to_host(array.reshape((20, 6))), x.reshape(20, 6))
+
+    with pytest.raises(ShapeError, match="contiguous"):
+        array[:, 1:3].reshape(-1)
