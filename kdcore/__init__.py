@@ -94,6 +94,7 @@ if TYPE_CHECKING:  # the same names as below, for type checkers
     )
     from kdcore.teachers.cuda import (
         CudaTeacher as CudaTeacher,
+        device_batches as device_batches,
     )
     from kdcore.teachers.fixture import (
         FixtureTeacher as FixtureTeacher,
@@ -127,7 +128,7 @@ _HOME = {
     "kdcore.students.linear": ("LinearStudent",),
     "kdcore.students.logit": ("LogitStudent",),
     "kdcore.teachers.base": ("TeacherLogitsProvider",),
-    "kdcore.teachers.cuda": ("CudaTeacher",),
+    "kdcore.teachers.cuda": ("CudaTeacher", "device_batches"),
     "kdcore.teachers.fixture": ("FixtureTeacher",),
     "kdcore.teachers.hdf5": ("HDF5Teacher",),
     "kdcore.teachers.mlp": ("MLPTeacher", "save_mlp"),

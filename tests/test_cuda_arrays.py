@@ -81,7 +81,8 @@ def torch(monkeypatch):
         ),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "torch", module)
-    return module
+    yield module
+    libraries._dtype_of_torch.cache_clear()
 
 
 class Cupy:

@@ -74,7 +74,7 @@ def test_public_names_have_examples():
         and ">>>" not in (value.__doc__ or "")
         and not any(">>>" in (getattr(value, method).__doc__ or "") for method in vars(value))
     ]
-    # Protocols, hooks and records have nothing to run, and CudaTeacher needs a device.
+    # Protocols, hooks and records have nothing to run, and what runs on a device needs one.
     assert set(without) == {
         "Batch",
         "BatchSource",
@@ -84,6 +84,7 @@ def test_public_names_have_examples():
         "PipelineResult",
         "StudentLogitsProvider",
         "TeacherLogitsProvider",
+        "device_batches",
     }
 
 

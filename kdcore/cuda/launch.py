@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from kdcore.cuda import kernels, states
@@ -50,10 +52,16 @@ def _vector(array):
     return (array.address, array.strides[0], tag_of(array.dtype)) if array.size else (0, 0, tag_of(array.dtype))
 
 
+@cache
+def _is_bfloat16(dtype):
+    return dtype.name == "bfloat16"
+
+
 def _check_dtypes(*dtypes):
     """The one of the storage types that not every device can write."""
-    if any(dtype.name == "bfloat16" for dtype in dtypes):
-        require_bfloat16()
+    for dtype in dtypes:
+        if _is_bfloat16(dtype):
+            require_bfloat16()
 
 
 def _start(array):
@@ -180,7 +188,7 @@ def slice_gradient_rows(
         _matrix(student), _matrix(teacher), _vector(labels), int(start), _start(state), _start(scale), float(alpha),
         *map(float, temperatures), float(kd_scale), size, _like(wide), _matrix(gradient),
     )  # fmt: skip
-    threads = threads_of(size, kernels.most_threads(wide, parts.power == 0))
+    threads = threads_of(size, kernels.most_threads(wide, True))
     launch(states.gradient_kernel(parts, wide), rows, threads, stream, *arguments)
 
 

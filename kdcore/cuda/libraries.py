@@ -98,7 +98,7 @@ class _Torch(Library):
 
     def empty(self, shape: Shape, dtype: np.dtype[Any], device: int | None, stream: int) -> Any:
         torch = sys.modules["torch"]
-        array = torch.empty(shape, dtype=getattr(torch, dtype.name), device=torch.device("cuda", device))
+        array = torch.empty(shape, dtype=_dtype_of_torch(dtype), device=torch.device("cuda", device))
         if stream != self.current_stream(
             device
         ):  # its memory must not be used again before that stream is done with it
@@ -108,6 +108,11 @@ class _Torch(Library):
     def view(self, owner: Any, offset: int, shape: Shape, strides: Shape) -> Any:
         size = owner.element_size()
         return owner.as_strided(shape, [stride // size for stride in strides], offset // size)
+
+
+@cache
+def _dtype_of_torch(dtype: np.dtype[Any]) -> Any:
+    return getattr(sys.modules["torch"], dtype.name)
 
 
 @cache

@@ -33,6 +33,8 @@ Of 16-bit elements b is a + 4, so that they are 16 bytes; of others, two or four
   ``load_acquire(address)`` reads it before everything that follows
 """
 
+from functools import cache
+
 import numpy as np
 from numba.core import config
 
@@ -140,8 +142,9 @@ else:
 SCRATCH = (5, 32)
 
 
+@cache
 def tag_of(dtype):
-    """The tag of elements of a NumPy dtype."""
+    """The tag of elements of a NumPy dtype; remembered, since NumPy puts a dtype's name together each time."""
     return np.uint16(0) if dtype.name == "bfloat16" else dtype.type(0)
 
 

@@ -1,9 +1,12 @@
-"""A teacher whose forward runs on a CUDA device: a caller's own function, or a checkpoint."""
+"""Teacher logits on a CUDA device: of a forward that runs there, or streamed there from a teacher on the host."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,10 +23,10 @@ from kdcore.errors import (
     VocabularyMismatchError,
 )
 from kdcore.sequences import as_rows, pad_rows, prefixes
-from kdcore.teachers.base import InputIds
+from kdcore.teachers.base import InputIds, TeacherLogitsProvider
 from kdcore.teachers.mlp import MLPTeacher
 
-__all__ = ["CudaTeacher"]
+__all__ = ["CudaTeacher", "device_batches"]
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -58,6 +61,18 @@ class CudaTeacher:
         Its result has another width, another number of rows or positions, or is not of floats.
 
     Results are checked by shape and dtype alone, so that :meth:`device_logits_for_batch` does not wait for the device.
+
+    Its logits stay on the device for the loss and its gradient, as those of a teacher on the host do after
+    :func:`device_batches`::
+
+        teacher = CudaTeacher("teacher.safetensors", stream=stream)
+        for batch in batches:  # with labels on the device
+            logits = teacher.device_logits_for_batch(batch.input_ids)
+            result = kdcore.kd_loss_and_gradient(student(batch), logits, batch.labels, 2.0, 0.1, stream=stream)
+
+        with HDF5Teacher("teacher.h5") as teacher:
+            for batch, logits in device_batches(teacher, batches, stream=stream):
+                result = kdcore.kd_loss_and_gradient(student(batch), logits, batch.labels, 2.0, 0.1, stream=stream)
     """
 
     _forward: Forward  # of a callable
@@ -173,3 +188,92 @@ def _on_host(array: Any) -> NDArray[np.float32]:
     if lost.any():
         raise DomainError(f"the forward returned {values[lost][0]}, which does not fit float32")
     return narrowed
+
+
+def device_batches(
+    teacher: TeacherLogitsProvider, batches: Iterable[Any], *, stream: Any = None, ahead: int = 2
+) -> Generator[tuple[Any, Any], None, None]:
+    """Each batch with its logits [B, V] from a teacher on the host, as an array on the current CUDA device.
+
+    While the device works on one batch, a thread asks the teacher for the next ones, and the first of these is copied
+    through pinned memory on a stream of its own. Nothing waits for the work on ``stream``, unless it is so far behind
+    that its buffers are needed.
+
+    Parameters
+    ----------
+    teacher : TeacherLogitsProvider
+        An :class:`~kdcore.HDF5Teacher` above all. It is asked in one thread, which is not the caller's.
+    batches : iterable
+        ``input_ids`` as the teacher takes them, or objects with an attribute ``for_teacher`` that holds them, such as
+        :class:`kdcore.Batch`. Sizes may differ. It is iterated in the caller's thread, ``ahead`` batches early.
+    stream : optional
+        The CUDA stream of the work on the logits: of Numba, PyTorch, CuPy, a handle, or by default the default
+        stream. Work on another stream has to be ordered with this one by the caller.
+    ahead : int
+        How many batches the teacher is asked for early, at least 1; and how many of the arrays yielded last are valid.
+
+    Yields
+    ------
+    batch, logits
+        In order: the batch as it was given, and its logits as an array of Numba's, of the teacher's dtype. Work may
+        be queued on it until the iterator is asked for the batch ``ahead`` after it: with ``ahead=2`` **the present
+        and the previous array are valid, older ones are overwritten**. The last ones stay after the end.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        CUDA cannot run here.
+    DeviceMismatchError
+        The teacher's forward runs on the device: use its ``device_logits_for_batch``.
+    DomainError, DTypeError
+        ``ahead`` is not a positive integer; ``stream`` is no stream (when the first batch is asked for).
+
+    What the teacher or ``batches`` raises is raised in place of the batch that it belongs to, after all batches before
+    it, and ends the iteration. Closing the iterator, or dropping it, waits for the read and the copy under way, and
+    frees thread and buffers. On the host are at most the logits of ``ahead + 1`` batches, and the pinned memory of as
+    many; on the device is room for ``ahead + 1``.
+    """
+    ahead = integer(ahead, "ahead", least=1)
+    if isinstance(teacher, CudaTeacher) or (isinstance(teacher, MLPTeacher) and teacher.device == "cuda"):
+        raise DeviceMismatchError("the teacher's logits are on the device already: use its device_logits_for_batch")
+    engines.require_cuda()
+    return _streamed(teacher, iter(batches), stream, ahead)
+
+
+def _streamed(
+    teacher: TeacherLogitsProvider, batches: Iterator[Any], stream: Any, ahead: int
+) -> Generator[tuple[Any, Any], None, None]:
+    ring = engines.transfer_ring(ahead, stream)
+    reader = ThreadPoolExecutor(1, "kdcore-teacher")
+    try:
+        reads = _reads(teacher, batches, reader)
+        pending = deque(islice(reads, ahead + 1))
+        sent = False  # whether the first of them is on its way to the device
+        while pending:
+            batch, read = pending.popleft()
+            if not sent:
+                ring.send(read.result())
+            del read  # and with it the logits on the host
+            logits = ring.receive()
+            # The next copy goes beside the work that the caller is about to queue; for a read it does not wait.
+            sent = bool(pending) and pending[0][1].done() and pending[0][1].exception() is None
+            if sent:
+                ring.send(pending[0][1].result())
+            yield batch, logits
+            pending.extend(islice(reads, 1))
+    finally:
+        reader.shutdown(cancel_futures=True)
+        ring.close()
+
+
+def _reads(
+    teacher: TeacherLogitsProvider, batches: Iterator[Any], reader: Executor
+) -> Iterator[tuple[Any, Future[NDArray[np.float32]]]]:
+    """Each batch, when it is asked for, with its logits to come; an error of ``batches`` as that of a last batch."""
+    try:
+        for batch in batches:
+            yield batch, reader.submit(teacher.logits_for_batch, getattr(batch, "for_teacher", batch))
+    except Exception as error:
+        failed: Future[NDArray[np.float32]] = Future()
+        failed.set_exception(error)
+        yield None, failed
