@@ -7,7 +7,8 @@ then another one does, in an order that is drawn anew each time, from a fixed se
 - a barrier that is missing shows: some thread gets far ahead of the others before they have begun;
 - a barrier that not all threads come to is an error at once, since nobody can go on;
 - shuffles are there, and one from a lane that does not exist is an error;
-- the blocks of a grid, up to RESIDENT of them, run at the same time, each with shared memory that begins as garbage;
+- the blocks of a grid, up to RESIDENT of them, run at the same time, from any order of starting and at speeds of their
+  own, each with shared memory that begins as garbage;
 - arithmetic does not warn, as a device's does not.
 
 What it cannot show: the order of memory among blocks, which here is that of the program, and types. Those are for the
@@ -28,8 +29,8 @@ from numba.cuda.simulator.kernelapi import Dim3
 _WARP = 32
 #: Blocks that run at the same time; the next one starts when one of them has ended.
 RESIDENT = 32
-#: So often may all threads that are not at a barrier have slept in turn, before it is called a deadlock.
-_PATIENCE = 10_000
+#: So often may threads sleep while no barrier opens, before it is called a deadlock.
+_PATIENCE = 100_000
 
 
 class _Barrier:
@@ -50,14 +51,17 @@ class _Barrier:
     def _open_if_complete(self):
         if self.waiting and len(self.waiting) == self.expected:
             self.grid.ready += self.waiting
+            self.grid.slept = 0
             self.waiting = []
 
 
 class _Warp(_Barrier):
     """With two sets of values, in turn: who is about to write one has seen that all have read it."""
 
-    def __init__(self, grid, threads):
+    def __init__(self, grid, threads, slow):
         super().__init__(grid, threads)
+        #: How likely it is to do something in a turn: so neither blocks nor warps go in step.
+        self.speed = grid.random.choice((0.1, 1.0)) * (0.3 if slow else 1.0)
         self.values, self.turn = ([None] * threads, [None] * threads), [0] * threads
 
 
@@ -65,10 +69,9 @@ class _Block:
     def __init__(self, grid, point, shape):
         threads = int(np.prod(shape))
         self.point, self.shape, self.shared = Dim3(*point), shape, {}
-        #: How likely its threads are to do something while all others do: so blocks do not go in step.
-        self.speed = grid.random.choice((0.05, 0.3, 1.0))
         self.barrier = _Barrier(grid, threads)
-        self.warps = [_Warp(grid, min(_WARP, threads - first)) for first in range(0, threads, _WARP)]
+        slow = grid.random.random() < 0.5
+        self.warps = [_Warp(grid, min(_WARP, threads - first), slow) for first in range(0, threads, _WARP)]
 
 
 class _Thread(greenlet):
@@ -99,17 +102,28 @@ class _Grid(greenlet):
     def __init__(self, function, shape, block_shape, points):
         super().__init__(self._run)
         self.function, self.shape, self.block_shape = function, shape, block_shape
-        self.points, self.ready, self.unfinished, self.slept = list(points), [], 0, 0
+        self.points, self.threads, self.ready, self.unfinished, self.slept = list(points), [], [], 0, 0
         self.random = random.Random(0)
 
     def _start_block(self):
-        block = _Block(self, self.points.pop(0), self.block_shape)
+        # A device promises no order in which it starts blocks.
+        block = _Block(self, self.points.pop(self.random.randrange(len(self.points))), self.block_shape)
         places = [place[::-1] for place in np.ndindex(*self.block_shape[::-1])]  # x changes fastest
         threads = [_Thread(self, block, n, place, self.function) for n, place in enumerate(places)]
+        self.threads += threads
         self.ready += threads
         self.unfinished += len(threads)
 
     def _run(self):
+        try:
+            self._run_all()
+        except BaseException:
+            for thread in self.threads:  # so that each leaves the context managers of the simulator that it is in
+                if not thread.dead:
+                    thread.throw()
+            raise
+
+    def _run_all(self):
         this = threading.current_thread()
         threads = int(np.prod(self.block_shape))
         while self.points or self.unfinished:
@@ -117,9 +131,10 @@ class _Grid(greenlet):
                 self._start_block()
             if not self.ready:
                 raise RuntimeError("a barrier that not all threads come to")
-            turn = [thread for thread in self.ready if self.random.random() < thread.block.speed] or self.ready
-            turned = set(turn)
-            self.ready = [thread for thread in self.ready if thread not in turned]
+            warps = dict.fromkeys(thread.warp for thread in self.ready)  # in order, which that of a set is not
+            awake = {warp for warp in warps if self.random.random() < warp.speed}
+            turn = [thread for thread in self.ready if thread.warp in awake]
+            self.ready = [thread for thread in self.ready if thread.warp not in awake]
             self.random.shuffle(turn)
             for thread in turn:
                 # Where Numba's modules look for them.
@@ -129,7 +144,7 @@ class _Grid(greenlet):
 
     def sleep(self):
         self.slept += 1
-        if self.slept > _PATIENCE * max(1, len(self.ready)):
+        if self.slept > _PATIENCE:
             raise RuntimeError("threads that wait for what never comes")
         self.ready.append(getcurrent())
         self.switch()

@@ -7,6 +7,7 @@ import pytest
 import kdcore
 from kdcore import divergences
 from kdcore.cuda.presence import available
+from kdcore.engines import to_device
 
 REASON = available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -31,7 +32,7 @@ def batch():
 
 
 def on_device(*arrays):
-    return [cuda.to_device(array) for array in arrays]
+    return [to_device(array) for array in arrays]
 
 
 def assert_same(host, device, dtype):

@@ -346,12 +346,15 @@ _RECORD = "import os, sys, subprocess, time; f = open(sys.argv[-1], 'a', 1); pri
 
 
 @pytest.fixture
-def processes(gpu, tmp_path):
-    options = gpu.parse(["--output", str(tmp_path / "out")])
+def a_run(gpu, tmp_path):
     (tmp_path / "work").mkdir()
-    a_run = gpu.Run(options, tmp_path / "work")
+    a_run = gpu.Run(gpu.parse(["--output", str(tmp_path / "out")]), tmp_path / "work")
     a_run.choose_output()
+    return a_run
 
+
+@pytest.fixture
+def processes(a_run, tmp_path):
     def follow(*scripts, seconds=30.0):
         found = a_run.results["parts"]["parity"] = {"status": "done"}
         started = [
@@ -396,3 +399,32 @@ def test_what_hangs_is_ended_with_all_that_it_started(gpu, processes, monkeypatc
 def test_counts_are_added_up(processes):
     count = 'f.write(\'{"kind": "count", "name": "passed"}\\n\'); '
     assert processes(2 * count, 3 * count)["counts"] == {"passed": 5}
+
+
+SAYS = "echo '========= ERROR SUMMARY: {} errors'"
+SEEN = """for last; do :; done; echo '{"kind": "check", "name": "a", "ok": true}' >> $last"""
+
+
+@pytest.mark.parametrize(
+    ("tool", "status", "right"),
+    [
+        (None, "absent", True),
+        ("echo Device not supported; exit 1", "absent", True),
+        (f"{SEEN}; {SAYS.format(0)}", "done", True),
+        (f"{SEEN}; {SAYS.format(2)}", "failed", False),
+        (f"{SEEN}; exit 1", "failed", False),
+        (SEEN, "failed", False),
+    ],
+)
+def test_a_sanitizer(gpu, a_run, tmp_path, monkeypatch, tool, status, right):
+    path = tmp_path / "compute-sanitizer"
+    if tool is not None:
+        path.write_text(f"#!/bin/sh\n{tool}\n")
+        path.chmod(0o755)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: str(path) if tool is not None else None)
+    monkeypatch.setattr(gpu.Path, "glob", lambda self, pattern: [])
+    a_run.run("sanitizer")
+    found = a_run.results["parts"]["sanitizer"]
+    assert found["status"] == status, found
+    assert gpu.is_right(a_run.results) is right
+    assert "sanitizer" in gpu.table({**hand_made(gpu), "parts": a_run.results["parts"]})

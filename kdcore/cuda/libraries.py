@@ -152,7 +152,9 @@ class _Jax(Library):
 
     def empty(self, shape: Shape, dtype: np.dtype[Any], device: int | None, stream: int) -> Any:
         # A buffer that nobody else has yet is written, although JAX's arrays are immutable to those who have them.
-        return sys.modules["jax"].numpy.zeros(shape, dtype).block_until_ready()
+        # Without jax_enable_x64 JAX has no float64, and makes something else of it: then the array is Numba's.
+        array = sys.modules["jax"].numpy.zeros(shape, dtype).block_until_ready()
+        return array if array.dtype == dtype else super().empty(shape, dtype, device, stream)
 
     def finish(self, stream: int) -> None:
         from kdcore.cuda.streams import synchronize

@@ -164,7 +164,9 @@ def to_device(array: Any, stream: Any) -> DeviceArray:
     from kdcore.cuda.streams import as_stream
 
     contiguous = np.ascontiguousarray(array).reshape(np.shape(array))
-    return as_array(cuda.to_device(contiguous, stream=as_stream(stream)))
+    # Numba copies from a buffer, which an array of ml_dtypes' bfloat16 cannot be exported as.
+    bits = contiguous.view(np.uint16) if contiguous.dtype.name == "bfloat16" else contiguous
+    return as_array(cuda.to_device(bits, stream=as_stream(stream)).view(contiguous.dtype))
 
 
 def hand_over(array: DeviceArray, stream: Any) -> Any:
