@@ -58,4 +58,5 @@ def test_tensor_parallel():
 
 
 def test_every_example_is_run():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"tensor_parallel.py"}
+    in_the_simulator = {"cuda_kernel.py"}  # by tests/test_cuda_kernels.py
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"tensor_parallel.py"} | in_the_simulator
