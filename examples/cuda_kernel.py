@@ -12,6 +12,7 @@ from numba import cuda, float64
 
 import kdcore
 from kdcore.cuda import rows
+from kdcore.cuda.rows import SCRATCH  # Numba takes a name for a constant, but not an attribute
 
 ROWS, CLASSES, THREADS = 4, 1000, 64
 TEMPERATURE = 2.0
@@ -20,7 +21,7 @@ TEMPERATURE = 2.0
 @cuda.jit
 def soft_labels(logits, labels, temperature, like, out, confidence, loss):
     """out [B, V] = softmax(logits / T), confidence [B] = its maximum, loss [B] = -log softmax(logits)[label]."""
-    shared = cuda.shared.array(rows.SCRATCH, float64)
+    shared = cuda.shared.array(SCRATCH, float64)
     i, size = cuda.blockIdx.x, logits.shape[1]
     row = rows.row_of(logits[i])
     m, z = rows.softmax_sums(row, size, temperature, like, shared)

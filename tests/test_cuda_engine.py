@@ -41,6 +41,7 @@ if REASON is None:
 
     from kdcore.cuda import kernels, memory, primitives, rows
     from kdcore.cuda.distillation import parts_of
+    from kdcore.cuda.rows import SCRATCH
 
 
 @pytest.mark.parametrize(
@@ -474,7 +475,7 @@ def test_row_functions_in_another_kernel(threads):
     @cuda.jit
     def one_row(s, out, like, results):
         """s [V]; out [2, V]; results [2]."""
-        shared = cuda.shared.array(rows.SCRATCH, float64)
+        shared = cuda.shared.array(SCRATCH, float64)
         x, size = rows.row_of(s), s.size
         m, z = rows.softmax_sums(x, size, 2.0, like, shared)
         rows.softmax_row(x, size, m, z, 2.0, like, rows.row_of(out[0]))

@@ -22,6 +22,7 @@ if REASON is None:
     import kdcore.cuda
     from kdcore.cuda import groups, memory, plans, rows
     from kdcore.cuda.primitives import SIMULATOR
+    from kdcore.cuda.rows import SCRATCH
     from kdcore.divergences import forward_kl
     from kdcore.objective import Objective
 
@@ -291,7 +292,7 @@ def test_reductions_one_after_another():
 
     @cuda.jit
     def reductions(out):
-        shared = cuda.shared.array(rows.SCRATCH, float64)
+        shared = cuda.shared.array(SCRATCH, float64)
         i = np.float64(cuda.threadIdx.x)
         for k in range(4):
             low, high = rows.block_maxima(-i - k, i * k, shared)

@@ -5,10 +5,11 @@ and its log-sum-exp::
 
     from numba import cuda, float64
     from kdcore.cuda import rows
+    from kdcore.cuda.rows import SCRATCH  # Numba takes a name for a constant, but not an attribute
 
     @cuda.jit
     def kernel(logits, temperature, like, out, lse):
-        shared = cuda.shared.array(rows.SCRATCH, float64)
+        shared = cuda.shared.array(SCRATCH, float64)
         i = cuda.blockIdx.x
         x, y = rows.row_of(logits[i]), rows.row_of(out[i])
         m, z = rows.softmax_sums(x, logits.shape[1], temperature, like, shared)

@@ -1,71 +1,94 @@
-"""Every CUDA kernel compiles to PTX, with real typing, for each combination of dtypes; needs NVVM but no GPU.
+"""Every CUDA kernel compiles and assembles, with real typing, for the types that it can get; needs no device.
 
-The simulator checks no types, so this is what stands between a type error and a user's GPU. Run by itself, without
-``NUMBA_ENABLE_CUDASIM``, where ``numba-cuda[cu13]`` is installed: ``pytest tests/compile``.
+The simulator checks no types, and inline assembly is text until an assembler reads it: this is what stands between a
+mistake there and a user's GPU. Run by itself, without ``NUMBA_ENABLE_CUDASIM``, where ``numba-cuda[cu13]`` is
+installed: ``pytest tests/compile``.
+
+Each type occurs with each other one, not in all combinations; kernels are built for the capabilities in turn.
 """
 
 import itertools
-import types
+import re
+import textwrap
 
+import ml_dtypes
+import numpy as np
 import pytest
-from numba import cuda
+from building import (
+    RESIDENT,
+    STORED,
+    build,
+    group_signature,
+    kd_signature,
+    matrix,
+    most_threads,
+    row_signature,
+    vector,
+)
+from numba import cuda, typeof
 from numba.core import types as nb
-from numba.cuda import dispatcher
 
 from kdcore import divergences
-from kdcore.cuda import kernels, primitives, rows
+from kdcore.cuda import groups, kernels, launch, plans, rows, states
+from kdcore.cuda.distillation import Parts, parts_of
+from kdcore.cuda.libraries import Description
+from kdcore.cuda.memory import DeviceArray
 from kdcore.divergences import Divergence, as_divergence, exp, log, where
+from kdcore.objective import Objective
 
 CAPABILITIES = [(8, 0), (9, 0)]
-STORED = {"float16": nb.float16, "bfloat16": nb.uint16, "float32": nb.float32, "float64": nb.float64}
 PAIRS = list(itertools.product(STORED, STORED))
+ROW_OPERATIONS = ["softmax", "log_softmax", "logsumexp"]
+LABELS = [nb.int64, nb.int32, nb.uint8, nb.int8, nb.uint16, nb.int16, nb.uint32, nb.uint64]
+WEIGHTS = [nb.float64, nb.float32]
+#: What :func:`parts_of` gives, and an objective each for it.
+OBJECTIVES = {
+    "soft": (0.0, 2.0),
+    "hard": (1.0, 2.0),
+    "both, power 0": (0.3, 3.0),
+    "both, power 1": (0.3, 1.0),
+    "both, power 2": (0.3, 2.0),
+    "both, power 4": (0.3, 4.0),
+}
+PARTS = {name: parts_of(*of) for name, of in OBJECTIVES.items()}
 
 
-def matrix(dtype, layout="C"):
-    return nb.Array(dtype, 2, layout)
+def turn(choices, n):
+    return list(choices)[n % len(choices)]
 
 
-def vector(dtype, layout="C"):
-    return nb.Array(dtype, 1, layout)
+def in_turn(cases):
+    """Cases for ``parametrize``, each with its capability."""
+    return [pytest.param(*case, turn(CAPABILITIES, n), id="-".join(map(str, case))) for n, case in enumerate(cases)]
 
 
-@pytest.fixture(params=CAPABILITIES, ids="sm_{0[0]}{0[1]}".format)
-def ptx(request, monkeypatch):
-    """A function that compiles a kernel and returns its PTX."""
-    device = types.SimpleNamespace(compute_capability=request.param)
-    monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)  # device functions ask for it
-
-    def compile_kernel(kernel, *signature):
-        text, result = cuda.compile_ptx(kernel.py_func, signature, cc=request.param)
-        assert result == nb.void
-        assert f".target sm_{request.param[0]}{request.param[1]}" in text
-        assert ".entry" in text
-        return text
-
-    return compile_kernel
-
-
-def kd_signature(student, teacher, gradient, like, layout="C", labels=nb.int64, weights=nb.float64):
-    row = vector(nb.float64)
-    return (
-        matrix(student, layout), matrix(teacher, layout), vector(labels), vector(weights), nb.int64, row,
-        nb.float64, nb.float64, nb.float64, nb.float64, nb.float64, like,
-        matrix(gradient), row, row, row, matrix(nb.int64),
-    )  # fmt: skip
-
-
-def working_types(stored, other=None):
-    """float64 also for a narrower type, because extreme temperatures need it: tried where both rows have one type."""
-    if "float64" in (stored, other):
-        return [nb.float64]
-    return [nb.float32, nb.float64] if other in (None, stored) else [nb.float32]
+def test_objectives_have_all_parts():
+    both = {Parts(True, True, power) for power in (0, 1, 2, 4)}
+    assert set(PARTS.values()) == both | {Parts(True, False, 1), Parts(False, True, 1)}
 
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
-def test_forward_kl(ptx, student, teacher):
-    kernel = kernels.kd_kernel(divergences.forward_kl())
-    for like in working_types(student, teacher):
-        ptx(kernel, *kd_signature(STORED[student], STORED[teacher], STORED[student], like))
+def test_forward_kl(student, teacher):
+    n = PAIRS.index((student, teacher))
+    wide = "float64" in (student, teacher)
+    kernel = kernels.kd_kernel(turn(PARTS.values(), n), None, None, wide)
+    signature = kd_signature(student, teacher, student, wide, turn(LABELS, n), turn(WEIGHTS, n // 2))
+    for capability in CAPABILITIES[n % 2 :] if wide else CAPABILITIES:  # in float64 the assembler takes long
+        build(kernel, signature, capability)
+
+
+@pytest.mark.parametrize(
+    ("parts", "student", "gradient", "wide", "capability"),
+    in_turn(
+        (parts, *types)
+        for parts in PARTS
+        # float64 for narrower logits is for extreme temperatures.
+        for types in [("bfloat16", "float32", False), ("float32", "float64", False), ("float32", "bfloat16", True)]
+    ),
+)
+def test_parts(parts, student, gradient, wide, capability):
+    """All of an objective's, with a gradient of another type than the student's logits."""
+    build(kernels.kd_kernel(PARTS[parts], None, None, wide), kd_signature(student, student, gradient, wide), capability)
 
 
 def _term(p, q, r, c):
@@ -77,105 +100,224 @@ def _slope(p, q, r, c):
 
 
 #: All that go by their two formulas, and one with what a user may write: integers, a constant of another type.
-TWO_FORMULAS = [as_divergence(name) for name in divergences.NAMES if name != "forward_kl"]
-TWO_FORMULAS.append(Divergence("own", _term, _slope))
+TWO_FORMULAS = {name: as_divergence(name) for name in divergences.NAMES if name != "forward_kl"}
+TWO_FORMULAS["own"] = Divergence("own", _term, _slope)
+#: Of student, teacher and gradient: each for one of the divergences, which test_resources.py builds with float32.
+STORAGES = [
+    *((stored,) * 3 for stored in STORED),
+    ("float32", "bfloat16", "float32"),
+    ("bfloat16", "float32", "float16"),
+    ("float64", "float16", "float32"),
+]
 
 
-@pytest.mark.parametrize("divergence", TWO_FORMULAS, ids=lambda divergence: divergence.name)
 @pytest.mark.parametrize(
-    ("student", "teacher"), [*((stored, stored) for stored in STORED), ("float32", "bfloat16"), ("bfloat16", "float32")]
+    ("divergence", "parts", "student", "teacher", "gradient", "capability"),
+    in_turn(
+        (divergence, turn([parts for parts in PARTS if parts != "hard"], n), *storage)
+        for n, (divergence, storage) in enumerate(
+            zip([*TWO_FORMULAS, "own"], [*STORAGES, ("float32", "float32", "float32")], strict=True)
+        )
+    ),
 )
-def test_two_formulas(ptx, divergence, student, teacher):
-    kernel = kernels.kd_kernel(divergence)
-    ptx(kernel, *kd_signature(STORED[student], STORED[teacher], STORED[student], nb.float64))
+def test_two_formulas(divergence, parts, student, teacher, gradient, capability):
+    """In float64, whatever the logits are stored in."""
+    term, slope = TWO_FORMULAS[divergence].term, TWO_FORMULAS[divergence].slope
+    build(
+        kernels.kd_kernel(PARTS[parts], term, slope, True), kd_signature(student, teacher, gradient, True), capability
+    )
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
-def test_kd_strided_with_other_labels_weights_and_gradient(ptx, name):
-    kernel = kernels.kd_kernel(as_divergence(name))
-    like = nb.float32 if name == "forward_kl" else nb.float64
-    ptx(kernel, *kd_signature(nb.float32, nb.float16, nb.float64, like, "A", nb.int32, nb.float32))
-    ptx(kernel, *kd_signature(nb.uint16, nb.uint16, nb.float32, like, "A", nb.uint8, nb.float32))
+@pytest.mark.parametrize(
+    ("student", "teacher", "capability"),
+    in_turn((student, teacher) for student, teacher in PAIRS if "float64" not in (student, teacher)),
+)
+def test_groups(student, teacher, capability):
+    parts = turn(PARTS.values(), PAIRS.index((student, teacher)))
+    signature = group_signature(student, teacher, student)
+    build(groups.group_kernel(parts, RESIDENT[capability]), signature, capability)
 
 
-def test_sweeps_of_forward_kl_stay_in_float32(ptx):
-    """A constant of a formula, which is float64, would widen them."""
-
-    @cuda.jit
-    def moments(e_t, d_t, d_s, out):
-        v = cuda.threadIdx.x
-        out[v] = rows._forward_kl_moment(out[v], e_t[v], d_t[v], d_s[v], e_t[0])
-
-    text = ptx(moments, *[vector(nb.float32)] * 4)
-    assert "fma" in text
-    assert "f64" not in text
-
-
-@pytest.mark.parametrize("name", ["softmax_kernel", "log_softmax_kernel"])
-@pytest.mark.parametrize(("stored", "out"), PAIRS)
-def test_softmax(ptx, name, stored, out):
-    for like in working_types(stored, other=out):
-        ptx(getattr(kernels, name), matrix(STORED[stored]), nb.float64, like, matrix(STORED[out]), matrix(nb.int64))
+@pytest.mark.parametrize(
+    ("name", "stored", "out", "wide", "capability"),
+    in_turn(
+        [
+            *((turn(ROW_OPERATIONS, n), *pair, "float64" in pair) for n, pair in enumerate(PAIRS)),
+            *((name, stored, stored, True) for name, stored in zip(ROW_OPERATIONS, STORED, strict=False)),
+        ]
+    ),
+)
+def test_rows(name, stored, out, wide, capability):
+    build(kernels.row_kernel(name, wide), row_signature(stored, out, wide), capability)
 
 
-@pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("out", STORED)
-def test_logsumexp(ptx, stored, out):
-    for like in working_types(stored, other=out):
-        ptx(
-            kernels.logsumexp_kernel,
-            matrix(STORED[stored]), nb.float64, like, vector(STORED[out], "A"), matrix(nb.int64),
-        )  # fmt: skip
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+def test_sums(capability):
+    address = nb.int64
+    for n, labels in enumerate(LABELS):
+        signature = vector(labels), vector(turn(WEIGHTS, n)), nb.int64, nb.int64, address
+        build(kernels.weight_sum_kernel, signature, capability)
+    build(kernels.reduce_kernel, (address, nb.int64, address), capability)
 
 
-def test_sums(ptx):
-    for labels, weights in itertools.product([nb.int64, nb.int32], [nb.float64, nb.float32]):
-        ptx(kernels.weight_sum_kernel, vector(labels), vector(weights), nb.int64, nb.int64, vector(nb.float64))
-    ptx(kernels.reduce_kernel, matrix(nb.float64), vector(nb.float64))
+@pytest.mark.parametrize("value", [nb.float64, nb.float32, nb.int64, nb.int32], ids=str)
+def test_fill(value):
+    build(kernels.fill_kernel, (nb.int64, nb.int64, value), (9, 0))
 
 
-@pytest.mark.parametrize("name", kernels.BIAS_KERNELS)
-def test_linear(ptx, name):
-    ptx(kernels.BIAS_KERNELS[name], vector(nb.float32), matrix(nb.float32))
+@pytest.mark.parametrize(("activation", "stored"), list(zip(kernels.BIAS_KERNELS, STORED, strict=True)))
+def test_linear(activation, stored):
+    of_layer = matrix(STORED[stored])
+    build(kernels.BIAS_KERNELS[activation], (vector(STORED[stored]), of_layer, nb.int64), (8, 0))
+    build(kernels.matmul_kernel, (of_layer, of_layer, of_layer, nb.int64, nb.int64), (8, 0))
 
 
-def test_fill(ptx):
-    for dtype in (nb.float32, nb.float64, nb.int64):
-        ptx(kernels.fill_kernel, vector(dtype), dtype)
+@pytest.mark.parametrize(
+    ("parts", "stored", "wide", "capability"),
+    in_turn((parts, *of) for parts in PARTS for of in [("float32", False), ("bfloat16", False), ("float64", True)]),
+)
+def test_states(parts, stored, wide, capability):
+    like = nb.float64 if wide else nb.float32
+    logits, address, real = matrix(STORED[stored]), nb.int64, nb.float64
+    labels = vector(nb.int64), nb.int64
+    if PARTS[parts].soft and PARTS[parts].hard:
+        signature = logits, logits, *labels, nb.int64, real, real, nb.int64, like, address
+        build(states.state_kernel(PARTS[parts], wide), signature, capability)
+    signature = logits, logits, *labels, address, address, real, real, real, real, nb.int64, like, logits
+    build(states.gradient_kernel(PARTS[parts], wide), signature, capability)
+
+
+def test_sums_of_states():
+    address, count, real = nb.int64, nb.int64, nb.float64
+    build(states.merge_kernel, (address, address, count, real, real, address), (8, 0))
+    build(states.scale_kernel, (vector(nb.int64), vector(nb.float32), nb.int64, count, address, address), (8, 0))
+    build(states.finish_kernel, (address, address, count, real, real, real, nb.UniTuple(address, 3)), (8, 0))
 
 
 def test_no_kernel_is_left_out():
-    tested = {"softmax_kernel", "log_softmax_kernel", "logsumexp_kernel", "weight_sum_kernel", "reduce_kernel"}
-    assert set(kernels.__all__) == tested | {"kd_kernel", "BIAS_KERNELS", "fill_kernel", "matmul_kernel"}
+    tested = {"BIAS_KERNELS", "fill_kernel", "kd_kernel", "matmul_kernel", "reduce_kernel", "row_kernel"}
+    assert {name for name in kernels.__all__ if "kernel" in name.lower()} == tested | {"weight_sum_kernel"}
+    assert {name for name in groups.__all__ if "kernel" in name.lower()} == {"group_kernel"}
+    of_states = {"finish_kernel", "gradient_kernel", "merge_kernel", "scale_kernel", "state_kernel"}
+    assert {name for name in states.__all__ if "kernel" in name.lower()} == of_states
 
 
-# Row functions in a kernel of a user's own, by themselves.
+# --- kernels of a user's own, which are given arrays -----------------------------------------------------------------
 
 
-THREADS = primitives.THREADS
+def documented_kernel():
+    """The kernel in the docstring of :mod:`kdcore.cuda.rows`."""
+    code = re.search(r"::\n\n(    from .*?)\n\n    kernel\[", rows.__doc__, re.DOTALL)[1]
+    names = {}
+    exec(textwrap.dedent(code), names)
+    return names["kernel"]
+
+
+SCRATCH = rows.SCRATCH  # a shape must be a constant, which an attribute of a module is not
 
 
 @cuda.jit
-def _one_at_a_time(s, t, like, out, results):
-    shared = cuda.shared.array((3, THREADS), nb.float64)
-    m_s, _, _ = rows.max_row(s, shared)
-    m_t, _, _ = rows.max_row(t, shared)
-    results[0] = rows.logsumexp_row(s, m_s, 2.0, like, shared)
-    results[1] = rows.cross_entropy_row(s, 0, m_s, like, shared)[0]
-    results[2] = rows.forward_kl_row(s, t, m_s, m_t, 2.0, like, shared)
-    rows.softmax_row(s, m_s, 2.0, like, shared, out)
-    rows.log_softmax_row(s, m_s, 2.0, like, shared, out)
-    rows.hinton_gradient_row(s, t, m_s, m_t, 2.0, like, shared, out)
+def _own(student, teacher, like, out, results):
+    shared = cuda.shared.array(SCRATCH, nb.float64)
+    i = cuda.blockIdx.x
+    size = student.shape[1]
+    s, t, to = rows.row_of(student[i]), rows.row_of(teacher[i]), rows.row_of(out[i])
+    m, z = rows.softmax_sums(s, size, 2.0, like, shared)
+    m_t, z_t = rows.softmax_sums(t, size, 2.0, like, shared)
+    if rows.is_usable(z) and rows.is_usable(z_t):
+        rows.log_softmax_row(s, size, m, z, 2.0, like, to)
+        results[i, 0] = rows.cross_entropy_of(m_t, m, z)
+        results[i, 1] = rows.logsumexp_of(m_t, z_t, 2.0)
+    else:
+        condition, v = rows.condition_of(rows.first_bad_class(s, 0, size, shared), size)
+        results[i, 0], results[i, 1] = condition, v
+        rows.fill_row(to, 0, size, 0.0)
 
 
-@pytest.mark.parametrize("stored", STORED)
-def test_row_functions(ptx, stored):
-    for like in working_types(stored):
-        row = vector(STORED[stored])
-        ptx(_one_at_a_time, row, row, like, row, vector(nb.float64))
+@pytest.mark.parametrize(
+    ("stored", "like", "layout"),
+    [
+        ("float16", "float32", "C"),
+        ("bfloat16", "float64", "A"),
+        ("float32", "float32", "A"),
+        ("float32", "float64", "C"),
+        ("float64", "float64", "A"),
+    ],
+)
+def test_a_kernel_of_row_functions(stored, like, layout):
+    logits, like = nb.Array(STORED[stored], 2, layout), STORED[like]
+    results = nb.Array(nb.float64, 2, "C")
+    build(documented_kernel(), (logits, nb.float64, like, logits, nb.Array(nb.float64, 1, "C")), (9, 0))
+    build(_own, (logits, logits, like, nb.Array(like, 2, "C"), results), (8, 0))
 
 
-def test_float32_sweeps_use_the_hardware_exponential(ptx):
-    text = ptx(kernels.softmax_kernel, matrix(nb.float32), nb.float64, nb.float32, matrix(nb.float32), matrix(nb.int64))
-    assert "ex2.approx" in text
-    assert "bar.sync" in text
+# --- what launchers pass ---------------------------------------------------------------------------------------------
+
+
+def device_array(dtype, *shape):
+    dtype = np.dtype(getattr(ml_dtypes, str(dtype), dtype))
+    strides = np.empty(shape, dtype).strides
+    return DeviceArray(Description(4096, shape, strides, dtype, True, 0, None), None)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What is launched on a device that nobody has: (kernel, threads, the types of its arguments)."""
+    calls = []
+
+    def record(kernel, blocks, threads, stream, *arguments):
+        calls.append((kernel, threads, tuple(map(typeof, arguments))))
+
+    monkeypatch.setattr(launch, "launch", record)
+    monkeypatch.setattr(launch, "full", lambda shape, dtype, value, stream: device_array(dtype, *shape))
+    monkeypatch.setattr(launch, "empty", lambda shape, dtype, stream: device_array(dtype, *shape))
+    monkeypatch.setattr(plans, "_of_device", plans._SIMULATED.__getitem__)
+    return calls
+
+
+def launch_kd(student, teacher, size, divergence, alpha, temperature):
+    of_rows = [device_array("float64", 2)] * 3
+    launch.kd_rows(
+        device_array(student, 2, size), device_array(teacher, 2, size), device_array("int32", 2),
+        device_array("float32", 0), device_array("float64", 1), Objective(divergence, temperature, 1.5, alpha, 4.0, -1),
+        device_array(student, 2, size), *of_rows, device_array("int64", 2, 2), None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 1000, 30000])
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("student", STORED)
+def test_kd_is_launched_as_it_is_built(launched, student, parts, size):
+    for name, teacher in (("forward_kl", "float32"), ("jsd", "bfloat16")):
+        divergence = as_divergence(name)
+        launch_kd(student, teacher, size, divergence, *OBJECTIVES[parts])
+        kernel, threads, arguments = launched.pop()
+        soft = parts != "hard"
+        wide = student == "float64" or (soft and name != "forward_kl")
+        formulas = (divergence.term, divergence.slope) if soft else (None, None)
+        assert kernel is kernels.kd_kernel(PARTS[parts], *formulas, wide)
+        assert arguments == kd_signature(student, teacher if soft else student, student, wide, nb.int32, nb.float32)
+        assert 0 < threads <= most_threads(kernel)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_groups_are_launched_as_they_are_built(launched, parts):
+    launch_kd("float16", "bfloat16", 300_000, divergences.forward_kl(), *OBJECTIVES[parts])
+    kernel, threads, arguments = launched.pop()
+    assert kernel is groups.group_kernel(PARTS[parts], RESIDENT[9, 0])
+    teacher = "bfloat16" if parts != "hard" else "float16"
+    assert arguments == group_signature("float16", teacher, "float16", nb.int32, nb.float32)
+    assert 0 < threads <= most_threads(kernel)
+
+
+@pytest.mark.parametrize("size", [1, 1000, 30000])
+@pytest.mark.parametrize(("stored", "out"), PAIRS)
+@pytest.mark.parametrize("name", ROW_OPERATIONS)
+def test_row_operations_are_launched_as_they_are_built(launched, name, stored, out, size):
+    to = device_array(out, 2) if name == "logsumexp" else device_array(out, 2, size)
+    getattr(launch, f"{name}_rows")(device_array(stored, 2, size), 2.0, to, device_array("int64", 0, 2), None)
+    kernel, threads, arguments = launched.pop()
+    wide = stored == "float64"
+    assert kernel is kernels.row_kernel(name, wide)
+    assert arguments == row_signature(stored, out, wide)
+    assert 0 < threads <= most_threads(kernel)

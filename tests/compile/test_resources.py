@@ -1,102 +1,232 @@
-"""What the main kernels take of a processor: registers, stack and spilled bytes, as the assembler counts them.
+"""What the main kernels take of a processor, as the assembler counts it, and what their main loops are made of.
 
-``resources.json`` has the registers that were counted when it was recorded, by kernel and architecture, with the
-compiler that ``tox -e compile`` installs; a kernel that takes more fails, as does one with a stack or a spill.
-``python tests/compile/test_resources.py`` prints the table, ``--record`` writes it.
+``resources.json`` has what was counted when it was recorded, by kernel and architecture, with the compiler that
+``tox -e compile`` installs; a kernel that takes more fails. ``python tests/compile/test_resources.py`` prints a table,
+``--record`` writes the file.
+
+A **main loop** is an innermost one that reads rows by 16 bytes. It is of one of these kinds:
+
+- copy: from global to shared memory, asynchronously
+- gather: sums of the row; gather with rest: also of octets that are read one by one
+- spend: the gradient or the output is written; spend with rest: one by one
 """
 
 import json
-import re
 import sys
-import types
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
-from cuda.core import Linker, LinkerOptions, ObjectCode
-from numba import cuda
-from numba.core import types as nb
-from numba.cuda import dispatcher
-from test_compile import STORED, kd_signature, matrix
+from building import (
+    RESIDENT,
+    build,
+    group_signature,
+    kd_signature,
+    label_of,
+    most_registers,
+    row_signature,
+)
+from sass import functions_of, innermost_loops, width_of, works_in_float64
 
-from kdcore.cuda import kernels
+from kdcore.cuda import groups, kernels
+from kdcore.cuda.distillation import parts_of
 from kdcore.divergences import NAMES, as_divergence
 
 CAPABILITIES = [(8, 0), (9, 0), (10, 0), (12, 0)]
+#: Has neither the instruction that makes two bfloat16 nor asynchronous copies.
+OLDEST = (7, 5)
 RECORDED = Path(__file__).with_name("resources.json")
 
 
-def _kernels():
+class Loop(NamedTuple):
+    """What a main loop has for an octet: exponentials a class, and those by which sums are rescaled."""
+
+    exponentials: int
+    rescalings: int = 0
+
+
+class Case(NamedTuple):
+    """A kernel for each capability, the types of its arguments, and its main loops by their kind."""
+
+    kernels: dict[tuple[int, int], Any]
+    signature: tuple[Any, ...]
+    #: Bytes of a class of all rows that a loop reads.
+    itemsizes: int
+    loops: dict[str, Loop]
+    wide: bool = False
+
+
+def _cases():
+    """(name, case) of the table."""
+    everywhere = dict.fromkeys([OLDEST, *CAPABILITIES])
     for stored in ("float32", "float16", "bfloat16"):
-        for name in ("softmax_kernel", "log_softmax_kernel"):
-            signature = matrix(STORED[stored]), nb.float64, nb.float32, matrix(STORED[stored]), matrix(nb.int64)
-            yield f"{name.removesuffix('_kernel')} {stored}", getattr(kernels, name), signature
-        signature = kd_signature(STORED[stored], STORED[stored], STORED[stored], nb.float32)
-        yield f"forward_kl {stored}", kernels.kd_kernel(as_divergence("forward_kl")), signature
+        devices = [capability for capability in everywhere if capability != OLDEST or stored != "bfloat16"]
+        itemsize = 4 if stored == "float32" else 2
+        for name in ("softmax", "log_softmax"):
+            loops = {"gather": Loop(1, 1), "spend": Loop(1 if name == "softmax" else 0)}
+            kernel = dict.fromkeys(devices, kernels.row_kernel(name, False))
+            yield f"{name} {stored}", Case(kernel, row_signature(stored, stored), itemsize, loops)
+        signature = kd_signature(stored, stored, stored)
+        for name, alpha, temperature, rows, exponentials in (
+            ("soft", 0.0, 2.0, 2, 2),
+            ("hard", 1.0, 2.0, 1, 1),
+            ("both, T = 2", 0.3, 2.0, 2, 2),
+            ("both, T = 3", 0.3, 3.0, 2, 3),
+        ):
+            parts = parts_of(alpha, temperature)
+            loops = {"gather": Loop(exponentials, exponentials), "spend": Loop(exponentials)}
+            kernel = dict.fromkeys(devices, kernels.kd_kernel(parts, None, None, False))
+            yield f"forward_kl {stored}, {name}", Case(kernel, signature, rows * itemsize, loops)
+            if name.startswith("both") and stored != "float16":
+                kernel = {capability: groups.group_kernel(parts, RESIDENT[capability]) for capability in CAPABILITIES}
+                loops = {"copy": Loop(0), **loops, "spend with rest": Loop(exponentials)}
+                case = Case(kernel, group_signature(stored, stored, stored), rows * itemsize, loops)
+                yield f"forward_kl {stored}, {name}, group", case
     for name in NAMES[1:]:
-        yield f"{name} float32", kernels.kd_kernel(as_divergence(name)), kd_signature(*[nb.float32] * 3, nb.float64)
+        divergence = as_divergence(name)
+        kernel = kernels.kd_kernel(parts_of(0.3, 2.0), divergence.term, divergence.slope, True)
+        # In float64 an exponential is no instruction.
+        loops = {"gather": Loop(0), "gather with rest": Loop(0), "spend": Loop(0)}
+        signature = kd_signature("float32", "float32", "float32", True)
+        yield f"{name} float32", Case(dict.fromkeys(CAPABILITIES, kernel), signature, 8, loops, wide=True)
 
 
-KERNELS = {name: (kernel, signature) for name, kernel, signature in _kernels()}
+CASES = dict(_cases())
 
 
-def resources(name, capability):
-    """Registers, bytes of stack, and bytes spilled, of a kernel assembled for a compute capability."""
-    kernel, signature = KERNELS[name]
-    text, _ = cuda.compile_ptx(kernel.py_func, signature, cc=capability)
-    options = LinkerOptions(arch="sm_{}{}".format(*capability), ptxas_options=["-v"])
-    linker = Linker(ObjectCode.from_ptx(text.encode()), options=options)
-    linker.link("cubin")
-    log = linker.get_info_log()
-    stack, *spilled = re.search(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
-    ).groups()
-    return int(re.search(r"Used (\d+) registers", log).group(1)), int(stack), sum(map(int, spilled))
+class Found(NamedTuple):
+    """A main loop in the machine code: its kind, the octets of an iteration, and its opcodes."""
+
+    kind: str
+    octets: float
+    opcodes: dict[str, int]
+
+    def count(self, is_counted):
+        return sum(count for opcode, count in self.opcodes.items() if is_counted(opcode))
 
 
-def label(capability):
-    return "sm_{}{}".format(*capability)
+def _is_wide_read(opcode):
+    return width_of(opcode, "LDG", "LDGSTS", "LDS") == 128
 
 
-@pytest.fixture
-def device(monkeypatch):
-    """Device functions ask for one."""
+def _is_narrow(opcode):
+    return 0 < width_of(opcode, "LD", "LDG", "LDGSTS", "ST", "STG") < 128
 
-    def set_device(capability):
-        monkeypatch.setattr(
-            dispatcher, "get_current_device", lambda: types.SimpleNamespace(compute_capability=capability)
-        )
 
-    return set_device
+def main_loops(loops, itemsizes):
+    """Those of loops that are main ones."""
+    for loop in loops:
+        wide = sum(count for opcode, count in loop.items() if _is_wide_read(opcode))
+        if wide:
+            kind = "spend" if any(width_of(opcode, "ST", "STG") for opcode in loop) else "gather"
+            kind = "copy" if any(width_of(opcode, "LDGSTS") for opcode in loop) else kind
+            rest = " with rest" if any(map(_is_narrow, loop)) else ""
+            yield Found(kind + rest, wide / (itemsizes / 2), loop)
+
+
+def measured(name, capability):
+    """(figures, faults) of a kernel assembled for a capability: what is recorded, and what is wrong, in words."""
+    case = CASES[name]
+    kernel = case.kernels[capability]
+    built = build(kernel, case.signature, capability)
+    figures, faults = {"registers": built.registers}, []
+    if built.registers > most_registers(kernel):
+        faults.append(f"{built.registers} registers, of {most_registers(kernel)} that a thread may have")
+    if built.stack or built.spilled:
+        faults.append(f"{built.stack} bytes of stack, {built.spilled} bytes spilled")
+    functions = functions_of(built.code)
+    opcodes = {opcode for function in functions.values() for block in function.blocks.values() for opcode in block}
+    if local := sorted(opcode for opcode in opcodes if width_of(opcode, "LDL", "STL")):
+        faults.append(f"local memory: {', '.join(local)}")
+    loops = [loop for function in functions.values() for loop in innermost_loops(function)]
+    found = list(main_loops(loops, case.itemsizes))
+    if {loop.kind for loop in found} != case.loops.keys():
+        faults.append(f"main loops {[loop.kind for loop in found]}, not {list(case.loops)}")
+    for loop in found:
+        exponentials = loop.count("MUFU.EX2".__eq__)
+        if loop.kind in case.loops:
+            expected = loop.octets * (8 * case.loops[loop.kind].exponentials + case.loops[loop.kind].rescalings)
+            if exponentials != expected:
+                faults.append(
+                    f"{exponentials} exponentials in {loop.kind} for {loop.octets:g} octets, not {expected:g}"
+                )
+        # Of an unrolled loop and its rest, the former.
+        instructions = round(loop.count(bool) / loop.octets, 1)
+        if instructions < figures.get(loop.kind, (float("inf"),))[0]:
+            figures[loop.kind] = instructions, exponentials / loop.octets
+    if not case.wide:
+        for loop in loops:
+            # Elements are of 2 or 4 bytes, alone or by 16. What is read by 8 are float64 that blocks share.
+            of_rows = any(width_of(opcode, "LD", "LDG", "LDS", "ST", "STG") in (32, 128) for opcode in loop)
+            if of_rows and (wide := sorted(filter(works_in_float64, loop))):
+                faults.append(f"float64 in a loop: {', '.join(wide)}")
+    return figures, faults
+
+
+def exceeded(figures, recorded):
+    """In words, what is more than was recorded."""
+    return [
+        f"{value} {'' if name == 'registers' else 'instructions an octet in '}{name}, recorded were {recorded[name]}"
+        for name, value in figures.items()
+        if value > recorded[name]
+    ]
+
+
+def to_record(figures):
+    return {name: value if name == "registers" else value[0] for name, value in figures.items()}
 
 
 def test_what_is_recorded_is_what_is_compiled():
-    assert json.loads(RECORDED.read_text()).keys() == KERNELS.keys()
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
+    assert recorded.keys() == CASES.keys()
+    for name, case in CASES.items():
+        assert recorded[name].keys() == set(map(label_of, case.kernels))
+        assert all(figures.keys() == {"registers", *case.loops} for figures in recorded[name].values())
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=label)
-@pytest.mark.parametrize("name", KERNELS)
-def test_resources(device, name, capability):
-    device(capability)
-    registers, stack, spilled = resources(name, capability)
-    assert stack == 0 and spilled == 0
-    assert 0 < registers <= json.loads(RECORDED.read_text())[name][label(capability)]
+@pytest.mark.parametrize("name", CASES)
+def test_resources(name):
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))[name]
+    faults = []
+    for capability in CASES[name].kernels:
+        label = label_of(capability)
+        figures, of_kernel = measured(name, capability)
+        of_kernel += exceeded(to_record(figures), recorded[label])
+        faults += (f"{label}: {fault}" for fault in of_kernel)
+    assert not faults, "\n".join(["", *faults])
+
+
+def _row(name, figures_by_label, labels):
+    """A line of the table."""
+    loops = CASES[name].loops
+    of_loops = next(iter(figures_by_label.values()))
+    exponentials = " + ".join(f"{of_loops[kind][1] / 8:g}" if kind in of_loops else "?" for kind in loops)
+    cells = []
+    for label in labels:
+        figures = figures_by_label.get(label)
+        instructions = [f"{figures[kind][0] / 8:.1f}" if kind in figures else "?" for kind in loops] if figures else []
+        cells.append(f"{figures['registers']}: {' + '.join(instructions)}" if figures else "")
+    return f"| {name} | {' + '.join(loops)} | {exponentials} | {' | '.join(cells)} |"
 
 
 def main(arguments):
-    counted = {}
-    print("| kernel |", " | ".join(map(label, CAPABILITIES)), "|", flush=True)
-    print("| --- |", " | ".join(["---:"] * len(CAPABILITIES)), "|")
-    for name in KERNELS:
-        counted[name] = {}
-        for capability in CAPABILITIES:
-            dispatcher.get_current_device = lambda c=capability: types.SimpleNamespace(compute_capability=c)
-            registers, stack, spilled = resources(name, capability)
-            counted[name][label(capability)] = registers
-            if stack or spilled:
-                sys.exit(f"{name} on {label(capability)}: {stack} bytes of stack, {spilled} spilled")
-        print(f"| {name} |", " | ".join(map(str, counted[name].values())), "|", flush=True)
+    """The table: registers, then instructions a class in each of the main loops."""
+    labels = [label_of(capability) for capability in (OLDEST, *CAPABILITIES)]
+    print("| kernel | main loops | EX2 a class |", " | ".join(labels), "|")
+    print("| --- | --- | --- |", " | ".join(["---"] * len(labels)), "|", flush=True)
+    recorded, faults = {}, []
+    for name, case in CASES.items():
+        figures_by_label = {}
+        for capability in case.kernels:
+            label = label_of(capability)
+            figures_by_label[label], of_kernel = measured(name, capability)
+            faults += (f"{name}, {label}: {fault}" for fault in of_kernel)
+        recorded[name] = {label: to_record(figures) for label, figures in figures_by_label.items()}
+        print(_row(name, figures_by_label, labels), flush=True)
     if "--record" in arguments:
-        RECORDED.write_text(json.dumps(counted, indent=1) + "\n")
+        RECORDED.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
+    if faults:
+        sys.exit("\n".join(faults))
 
 
 if __name__ == "__main__":

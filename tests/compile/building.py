@@ -1,0 +1,118 @@
+"""Kernels without a device: the types of their arguments, and the compiler and the assembler that a launch would use."""
+
+import math
+import re
+import types
+from typing import NamedTuple
+from unittest import mock
+
+from cuda.core import Linker, LinkerOptions, ObjectCode
+from numba import cuda
+from numba.core import types as nb
+from numba.cuda import dispatcher
+
+from kdcore.cuda.groups import resident_blocks
+
+__all__ = [
+    "RESIDENT",
+    "STORED",
+    "Built",
+    "build",
+    "group_signature",
+    "kd_signature",
+    "label_of",
+    "matrix",
+    "most_registers",
+    "most_threads",
+    "row_signature",
+    "vector",
+]
+
+STORED = {"float16": nb.float16, "bfloat16": nb.uint16, "float32": nb.float32, "float64": nb.float64}
+#: The type of ``like``, by whether a kernel works in float64.
+_LIKE = {False: nb.float32, True: nb.float64}
+
+
+#: Blocks of the group kernel that are to share a multiprocessor, by what shared memory it has.
+RESIDENT = {
+    capability: resident_blocks(kilobytes << 10)
+    for capability, kilobytes in {(8, 0): 164, (9, 0): 228, (10, 0): 228, (12, 0): 100}.items()
+}
+
+
+def matrix(tag):
+    return nb.Tuple((nb.int64, nb.int64, nb.int64, tag))
+
+
+def vector(tag):
+    return nb.Tuple((nb.int64, nb.int64, tag))
+
+
+def kd_signature(student, teacher, gradient, wide=False, labels=nb.int64, weights=nb.float64):
+    """Of ``kernels.kd_kernel``; the first three are names of dtypes."""
+    return (
+        matrix(STORED[student]), matrix(STORED[teacher]), vector(labels), vector(weights), nb.int64, nb.int64,
+        nb.float64, nb.float64, nb.float64, nb.float64, nb.float64, nb.int64, _LIKE[wide], matrix(STORED[gradient]),
+        nb.UniTuple(nb.int64, 3), nb.int64,
+    )  # fmt: skip
+
+
+def group_signature(student, teacher, gradient, labels=nb.int64, weights=nb.float64):
+    """Of ``groups.group_kernel``."""
+    return *kd_signature(student, teacher, gradient, False, labels, weights), nb.int64, nb.int64, nb.int64
+
+
+def row_signature(stored, out, wide=False):
+    """Of ``kernels.row_kernel``, for names of dtypes."""
+    return matrix(STORED[stored]), nb.float64, nb.int64, _LIKE[wide], matrix(STORED[out]), nb.int64, nb.int64
+
+
+def label_of(capability):
+    return "sm_{}{}".format(*capability)
+
+
+def _bounds(kernel):
+    """(threads, blocks of a multiprocessor) at most and at least, for which a kernel is declared; None where it is not."""
+    bounds = kernel.targetoptions.get("launch_bounds")
+    return (bounds, 1) if isinstance(bounds, int) else bounds
+
+
+def most_threads(kernel):
+    """The most threads of a block."""
+    return _bounds(kernel)[0]
+
+
+def most_registers(kernel):
+    """What of a multiprocessor's registers a thread may have."""
+    return 65536 // math.prod(_bounds(kernel))
+
+
+class Built(NamedTuple):
+    """A kernel's machine code, and what it takes of a processor: registers, bytes of stack, bytes spilled."""
+
+    code: bytes
+    registers: int
+    stack: int
+    spilled: int
+
+
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+def build(kernel, signature, capability):
+    """A kernel for a compute capability, through LTO-IR and nvJitLink, as Numba builds it for a launch."""
+    device = types.SimpleNamespace(compute_capability=capability)
+    with mock.patch.object(dispatcher, "get_current_device", lambda: device):  # device functions ask for it
+        code, result = cuda.compile(
+            kernel.py_func, signature, device=False, abi="numba", output="ltoir", cc=capability,
+            launch_bounds=kernel.targetoptions.get("launch_bounds"),
+        )  # fmt: skip
+    assert result == nb.void
+    options = LinkerOptions(arch=label_of(capability), link_time_optimization=True, ptxas_options=["-v"])
+    linker = Linker(ObjectCode.from_ltoir(code), options=options)
+    cubin = bytes(linker.link("cubin").code)
+    log = linker.get_info_log()
+    (registers,) = _REGISTERS.findall(log)
+    ((stack, *spilled),) = _STACK.findall(log)
+    return Built(cubin, int(registers), int(stack), sum(map(int, spilled)))
