@@ -1,4 +1,4 @@
-"""Kernels without a device: the types of their arguments, and the compiler and the assembler that a launch would use."""
+"""Kernels without a device: the types of their arguments, and the compiler and assembler that a launch would use."""
 
 import math
 import re
@@ -72,7 +72,7 @@ def label_of(capability):
 
 
 def _bounds(kernel):
-    """(threads, blocks of a multiprocessor) at most and at least, for which a kernel is declared; None where it is not."""
+    """(threads at most, blocks of a multiprocessor at least) that a kernel is declared for; None where it is not."""
     bounds = kernel.targetoptions.get("launch_bounds")
     return (bounds, 1) if isinstance(bounds, int) else bounds
 
