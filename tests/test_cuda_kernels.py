@@ -20,7 +20,7 @@ if REASON is None:
     from numba import cuda, float64
 
     import kdcore.cuda
-    from kdcore.cuda import groups, memory, plans, rows
+    from kdcore.cuda import groups, libraries, memory, plans, rows
     from kdcore.cuda.primitives import SIMULATOR
     from kdcore.cuda.rows import SCRATCH
     from kdcore.divergences import forward_kl
@@ -168,7 +168,9 @@ def test_results_do_not_depend_on_where_rows_lie(using, dtype):
             )
             view[...] = x
             whole = memory.to_device(host, None)
-            description = (whole[start:].address, view.shape, view.strides, whole.dtype, True, None, None)
+            description = libraries.Description(
+                whole[start:].address, view.shape, view.strides, whole.dtype, True, None, None
+            )
             places.append((whole, memory.DeviceArray(description, whole.owner), view, host))
         (_, d_s, _, _), (_, d_t, _, _), (whole, out, view, host) = places
         loss, ce, kl = (memory.empty((3,), np.float64, None) for _ in range(3))
@@ -233,6 +235,11 @@ def test_the_choice_is_explained():
     assert plans.explain(100_000, "bfloat16").startswith("group kernel, 10 blocks of 32 threads a row: rows are kept")
     assert plans.explain(100_000, "float64").startswith("row kernel")
     assert "more classes than the group kernel can keep" in plans.explain(10_000_000)
+    with pytest.MonkeyPatch.context() as patch:  # a small device, on which so many blocks might wait for each other
+        patch.setitem(plans._SIMULATED, "MULTIPROCESSOR_COUNT", 16)
+        patch.setitem(plans._SIMULATED, "L2_CACHE_SIZE", 1 << 20)
+        assert plans.explain(40_000).startswith("group kernel, 8 blocks")
+        assert "more classes than the group kernel can keep" in plans.explain(50_000)
     with plans.using(kernel="row", threads=128):
         assert plans.explain(100_000) == "row kernel, 1 block of 128 threads a row: as was asked for"
 
@@ -260,8 +267,8 @@ def test_what_cannot_be_asked_for():
     x = np.zeros((1, 6000), F32)
     for options, words in [
         ({"kernel": "group", "threads": 256}, "threads=256, but a block of the group kernel has at most 224"),
-        ({"kernel": "group", "threads": 32, "blocks": 1}, "needs 2 to 64 blocks of 32 threads for 6000 classes"),
-        ({"kernel": "group", "blocks": 65}, "to 64 blocks"),
+        ({"kernel": "group", "threads": 32, "blocks": 1}, "needs 2 blocks of 32 threads for 6000 classes"),
+        ({"kernel": "group", "blocks": 65}, "can have 64: got blocks=65"),
         ({"kernel": "row", "threads": 2048}, "threads=2048, but a block of this kernel has at most 1024"),
     ]:
         with plans.using(**options), pytest.raises(DomainError, match=words):

@@ -2,9 +2,12 @@
 
 A row's classes are cut into as many slices as blocks work on it. A block takes a **ticket**, by which it knows its row
 and slice: so the blocks of a row start one after another, and one that waits for the others of its row never waits for
-one that cannot start, as long as a row's blocks fit the device together. It loads its slice, publishes maxima and sums,
-waits until all of the row's blocks have, merges theirs, all blocks in the same order, and writes its part of the
-gradient. The last to finish adds up the moments, in the order of the slices, and writes the row's results.
+one that cannot start, as long as a row's blocks fit the device together. :mod:`kdcore.cuda.plans` lets a row have half
+as many blocks as there are multiprocessors, of which each holds two or more, so that this is true beside other calls.
+
+A block loads its slice, publishes maxima and sums, waits until all of the row's blocks have, merges theirs, all blocks
+in the same order, and writes its part of the gradient. The last to finish adds up the moments, in the order of the
+slices, and writes the row's results.
 
 What a block publishes are PUBLISHED float64 numbers: m_s, z_s, z_h, m_t, z_t, then w or the first bad class.
 """
@@ -69,7 +72,7 @@ from kdcore.rowstatus import OK, STUDENT, TEACHER
 
 __all__ = ["MOST_BLOCKS", "MOST_THREADS", "PUBLISHED", "group_kernel", "octets_per_thread", "resident_blocks"]
 
-#: Blocks of a row at most, so that they are sure to fit any device together.
+#: Blocks of a row at most.
 MOST_BLOCKS = 64
 PUBLISHED = 8
 _WARP = 32

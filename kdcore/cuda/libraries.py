@@ -31,6 +31,7 @@ class Description(NamedTuple):
     writable: bool
     device: int | None
     stream: int | None
+    export: Any = None
 
 
 @cache
@@ -265,5 +266,4 @@ def _by_dlpack(obj: Any, stream: int) -> Description:
     else:
         strides = _contiguous(shape, dtype.itemsize)
     address = _reachable((tensor.data or 0) + tensor.byte_offset, shape, strides, dtype)
-    # The capsule goes, and with it the exporter's hold on the memory; the object that was given stays with the caller.
-    return Description(address, shape, strides, dtype, True, int(tensor.device_id), None)
+    return Description(address, shape, strides, dtype, True, int(tensor.device_id), None, capsule)

@@ -37,10 +37,12 @@ class DeviceArray:
     ``address`` and ``strides`` are in bytes, ``owner`` is the array of the caller or of the caller's library.
     """
 
-    __slots__ = ("address", "device", "dtype", "owner", "shape", "stream", "strides", "writable")
+    __slots__ = ("address", "device", "dtype", "export", "owner", "shape", "stream", "strides", "writable")
 
     def __init__(self, description: Description, owner: Any) -> None:
-        self.address, self.shape, self.strides, self.dtype, self.writable, self.device, self.stream = description
+        self.address, self.shape, self.strides, self.dtype, self.writable, self.device, self.stream = description[:7]
+        #: What the memory was exported by, which keeps it as long as it is.
+        self.export = description.export
         self.owner = owner
 
     @property
@@ -59,7 +61,9 @@ class DeviceArray:
         return math.prod(self.shape)
 
     def _view(self, address: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> DeviceArray:
-        description = Description(address, shape, strides, self.dtype, self.writable, self.device, self.stream)
+        description = Description(
+            address, shape, strides, self.dtype, self.writable, self.device, self.stream, self.export
+        )
         return DeviceArray(description, self.owner)
 
     def __getitem__(self, key: Any) -> DeviceArray:
@@ -174,7 +178,8 @@ def hand_over(array: DeviceArray, stream: Any) -> Any:
     from kdcore.cuda.streams import as_queue
 
     library, owner = library_of(array.owner), array.owner
-    library.finish(as_queue(stream).handle)
+    queue = as_queue(stream)
+    queue.library.finish(queue.handle)
     base = library.describe(owner, 0)
     if (array.address, array.shape, array.strides) == (base.address, base.shape, base.strides):
         return owner

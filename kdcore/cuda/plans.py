@@ -135,9 +135,10 @@ def _group(size: int, itemsizes: tuple[int, int], reason: str) -> Plan:
     slice_ = _OCTET * octets_per_thread(threads, *itemsizes) * threads
     needed = -(-size // slice_)
     blocks = chosen.blocks or needed
-    if not needed <= blocks <= MOST_BLOCKS:
+    most = min(MOST_BLOCKS, _of_device("MULTIPROCESSOR_COUNT") // 2)  # which can all run, whatever else does
+    if not needed <= blocks <= most:
         raise DomainError(
-            f"the group kernel needs {needed} to {MOST_BLOCKS} blocks of {threads} threads for {size} classes, "
+            f"the group kernel needs {needed} blocks of {threads} threads for {size} classes, and can have {most}: "
             f"got blocks={blocks}"
         )
     return Plan("group", threads, blocks, reason)
