@@ -55,6 +55,10 @@ class Engine:
     def empty(self, shape: Any, dtype: Any) -> Any:
         return self.memory.empty(shape, dtype, self.where)
 
+    def scratch(self, shape: Any, dtype: Any) -> Any:
+        """As :meth:`empty`, of an array that is dropped once the work that uses it is queued."""
+        return self.empty(shape, dtype) if self.on_host else self.memory.scratch(shape, dtype, self.where)
+
     def nothing(self, dtype: Any, shape: tuple[int, ...] = (0,)) -> Any:
         """An array without elements, for an argument that is not given."""
         return _nothing(dtype, shape) if self.on_host else self.memory.nothing(dtype, shape)

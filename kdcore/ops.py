@@ -502,6 +502,9 @@ def linear(x: Any, weight: Any, bias: Any, activation: str, *, threads: int | No
     choice(activation, "activation", ACTIVATIONS)
     engine = engine_of({"x": x, "weight": weight, "bias": bias}, threads, stream)
     x, weight, bias = (engine.memory.as_array(array) for array in (x, weight, bias))
+    for name, array in (("x", x), ("weight", weight), ("bias", bias)):
+        if array.dtype != np.float32:
+            raise DTypeError(f"{name} must be float32, got dtype {array.dtype}")
     check_same_shape(tuple(weight.shape)[1:], "weight[1:]", tuple(x.shape)[1:], "x without its rows")
     check_same_shape(bias.shape, "bias", tuple(weight.shape)[:1], "weight without its columns")
     out = engine.empty((x.shape[0], weight.shape[0]), np.float32)

@@ -105,6 +105,8 @@ def _rows(engine: Engine, state: KDState) -> Any:
     values = engine.memory.as_array(state.values)
     if engine.on_host:
         values = np.ascontiguousarray(values)
+    elif values.strides != np.empty(values.shape).strides:
+        raise ShapeError(f"values of a state must be contiguous on a device, got strides {values.strides}")
     return values.reshape((math.prod(state.lead), _COLUMNS))
 
 
@@ -233,11 +235,11 @@ def _scales(
     given = as_weights(engine, weights, state.lead, scaling.divisor)
     rows = math.prod(state.lead)
     if scaling.divisor is None:
-        denominator = engine.empty((1,), np.float64)
+        denominator = engine.scratch((1,), np.float64)
         engine.kernels.weight_sum(labels, given, ignore_index, rows, denominator, engine.where)
     else:
         denominator = engine.full((1,), np.float64, scaling.divisor)
-    scale = engine.empty((rows,), np.float64)
+    scale = engine.scratch((rows,), np.float64)
     engine.kernels.scale_rows(labels, given, ignore_index, denominator, scale, engine.where)
     return labels, scale
 

@@ -5,7 +5,7 @@ grid become coroutines (greenlets) of one thread: each runs until it comes to a 
 then another one does, in an order that is drawn anew each time, from a fixed seed. So
 
 - a barrier that is missing shows: some thread gets far ahead of the others before they have begun;
-- a barrier that not all threads come to is an error at once, since nobody can go on;
+- a barrier that not all threads come to is an error, since nobody can go on; one that a thread skips by ending is not;
 - shuffles are there, and one from a lane that does not exist is an error;
 - the blocks of a grid, up to RESIDENT of them, run at the same time, from any order of starting and at speeds of their
   own, each with shared memory that begins as garbage;

@@ -298,6 +298,11 @@ def test_jax(monkeypatch, rows, x64):
         assert (type(other) is Array) == (x64 or name == "gradient")
         assert raw(ours).tobytes() == raw(other).tobytes()
     assert waited
+    waited.clear()
+    kdcore.kd_loss(*map(Array, rows), 2.0, 0.3)  # whose result may be Numba's
+    assert waited
+    made = memory.scratch((3,), np.int32, streams.queue_of({"x": Array(rows[0])}, None)).owner
+    assert type(made) is not Array  # which JAX would use again too soon
     with pytest.raises(AliasError, match="out must be writable"):
         kdcore.softmax(Array(rows[0]), out=Array(np.zeros_like(rows[0])))
 

@@ -368,6 +368,13 @@ def test_states_merge_alike_either_way():
     assert one.copy_to_host().tobytes() == other.copy_to_host().tobytes()
 
 
+def test_states_with_gaps_are_refused():
+    values = cuda.to_device(np.zeros((3, 14)))
+    state = kdcore.KDState(values[:, ::2], 1.0, 1.0)
+    with pytest.raises(kdcore.ShapeError, match="contiguous on a device"):
+        kdcore.kd_loss_from_state(state, None, 0.0)
+
+
 def test_states_of_rows_that_cannot_be_used():
     """Nothing waits for the device, so nothing raises: they are NaN."""
     s, t = np.zeros((3, 20), F32), np.zeros((3, 20), F32)

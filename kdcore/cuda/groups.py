@@ -9,7 +9,8 @@ A block loads its slice, publishes maxima and sums, waits until all of the row's
 in the same order, and writes its part of the gradient. The last to finish adds up the moments, in the order of the
 slices, and writes the row's results.
 
-What a block publishes are PUBLISHED float64 numbers: m_s, z_s, z_h, m_t, z_t, then w or the first bad class.
+What a block publishes are float64 numbers: m_s, z_s, z_h, m_t, z_t, then w or the first bad class; with room for
+PUBLISHED of them, 64 bytes.
 """
 
 import math

@@ -143,7 +143,7 @@ def _vector_load(name, letter, register, number, count, space="global.L1::no_all
     return load_vector
 
 
-load_words = _vector_load("b32", "r", _I32, types.uint32, 4)
+_load_words = _vector_load("b32", "r", _I32, types.uint32, 4)
 _load_shared_words = _vector_load("b32", "r", _I32, types.uint32, 4, "shared")
 _load_doubles = _vector_load("f64", "d", ir.DoubleType(), types.float64, 2)
 
@@ -283,19 +283,6 @@ def _to_real(x):
     return lambda x: x
 
 
-def from_real(x, like):
-    raise TypeError("from_real is for compiled code")
-
-
-@overload(from_real)
-def _from_real(x, like):
-    if like == types.uint16:
-        return lambda x, like: np.uint16(_pack_bfloat16(np.float32(x), np.float32(0)))
-    if like == types.float16:
-        return lambda x, like: np.float16(np.float32(x))
-    return lambda x, like: type(like)(x)
-
-
 @cuda.jit(device=True)
 def cast(x, like):
     return type(like)(x)
@@ -350,8 +337,8 @@ def octet_words(address, a, b, tag):
 @overload(octet_words)
 def _octet_words(address, a, b, tag):
     if tag == types.float32:
-        return lambda address, a, b, tag: load_words(address + 4 * a) + load_words(address + 4 * b)
-    return lambda address, a, b, tag: load_words(address + 2 * a)
+        return lambda address, a, b, tag: _load_words(address + 4 * a) + _load_words(address + 4 * b)
+    return lambda address, a, b, tag: _load_words(address + 2 * a)
 
 
 def octet_of_words(words, tag):

@@ -114,7 +114,7 @@ def write_results(results, i, loss, ce, kl):
 
 @device
 def factors_of(scale, alpha, kd_scale, temperature, z_s, z_h, z_t):
-    """(hard, soft_q, soft_p) of forward KL, in float64."""
+    """(hard, soft_q, soft_p) of forward KL, in float64; of the slopes, with 1 for z_s and z_t, but for their mean."""
     soft = scale * (1.0 - alpha) * kd_scale / temperature
     return scale * alpha / z_h, soft / z_s, soft / z_t
 
@@ -214,8 +214,8 @@ def kd_kernel(parts, term, slope, wide):
             if math.isnan(value):
                 value = math.inf  # in a usable row NaN is 0 * inf: a class of p = 0 < q whose q has underflowed
             undefined = value == math.inf
-            factor = scale * (1.0 - alpha) * kd_scale / temperature
-            factors = (factors[0], cast(factor, like), cast(factor * mean, like))
+            _, soft_q, soft_p = factors_of(scale, alpha, kd_scale, temperature, 1.0, 1.0, 1.0)
+            factors = (factors[0], cast(soft_q, like), cast(soft_p * mean, like))
         if undefined:
             if given(gradient):
                 fill_row(g, np.int64(0), size, math.nan)

@@ -9,10 +9,10 @@ import numpy as np
 from kdcore.cuda import kernels, states
 from kdcore.cuda.distillation import parts_of
 from kdcore.cuda.groups import PUBLISHED, group_kernel, resident_blocks
-from kdcore.cuda.memory import empty, full
+from kdcore.cuda.memory import full, scratch
 from kdcore.cuda.plans import plan_of, require_bfloat16, shared_memory, threads_of
 from kdcore.cuda.primitives import SIMULATOR, tag_of
-from kdcore.cuda.streams import as_queue, launch
+from kdcore.cuda.streams import as_queue, launch, on_device_of
 from kdcore.errors import MissingDependencyError
 from kdcore.objective import needs_float64
 
@@ -127,10 +127,16 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
         _start(status),
     )
     itemsizes = student.dtype.itemsize, (teacher if parts.soft else student).dtype.itemsize
+    with on_device_of(stream):
+        _launch_kd(rows, size, itemsizes, parts, term, slope, wide, arguments, stream)
+
+
+def _launch_kd(rows, size, itemsizes, parts, term, slope, wide, arguments, stream):
+    """A KD call by the kernel that is chosen for the current device."""
     plan = plan_of(size, itemsizes, kernels.most_threads(wide, parts.power == 0), not wide)
     if plan.kernel == "group":
         counters = full((1 + 2 * rows,), np.int32, 0, stream)
-        published = empty((rows, plan.blocks, PUBLISHED), np.float64, stream)
+        published = scratch((rows, plan.blocks, PUBLISHED), np.float64, stream)
         arguments = *arguments, plan.blocks, counters.address, _start(published)
         launch(
             group_kernel(parts, resident_blocks(shared_memory())), rows * plan.blocks, plan.threads, stream, *arguments
@@ -216,7 +222,8 @@ def _matmul(x, weight, out, stream):
         raise MissingDependencyError(
             "matrix products on CUDA need the package CuPy: pip install kdcore[cuda]"
         ) from error
-    with cupy.cuda.ExternalStream(as_queue(stream).handle):
+    queue = as_queue(stream)
+    with cupy.cuda.Device(queue.device), cupy.cuda.ExternalStream(queue.handle):
         x, weight, out = (cupy.asarray(array) for array in (x, weight, out))
         cupy.matmul(x, weight.T, out=out)
 

@@ -70,7 +70,14 @@ class Library:
         """An uninitialised contiguous array."""
         from numba import cuda
 
-        return cuda.device_array(shape, dtype)
+        if device is None:
+            return cuda.device_array(shape, dtype)
+        with cuda.gpus[device]:
+            return cuda.device_array(shape, dtype)
+
+    def scratch(self, shape: Shape, dtype: np.dtype[Any], device: int | None, stream: int) -> Any:
+        """An array that is dropped once the work that uses it is queued, not when it has ended."""
+        return self.empty(shape, dtype, device, stream)
 
     def finish(self, stream: int) -> None:
         """Before a result is handed over: wait for the stream, if the library has no other way to."""
@@ -156,6 +163,10 @@ class _Jax(Library):
         # Without jax_enable_x64 JAX has no float64, and makes something else of it: then the array is Numba's.
         array = sys.modules["jax"].numpy.zeros(shape, dtype).block_until_ready()
         return array if array.dtype == dtype else super().empty(shape, dtype, device, stream)
+
+    def scratch(self, shape: Shape, dtype: np.dtype[Any], device: int | None, stream: int) -> Any:
+        # JAX would give the memory away while a stream that it does not know of is still at work on it.
+        return super().empty(shape, dtype, device, stream)
 
     def finish(self, stream: int) -> None:
         from kdcore.cuda.streams import synchronize

@@ -6,6 +6,7 @@ bfloat16 is the dtype of ``ml_dtypes`` here. Importing this module imports neith
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "nothing",
     "overlaps",
     "same",
+    "scratch",
     "to_device",
     "to_host",
 ]
@@ -136,11 +138,20 @@ def as_rows(array: DeviceArray) -> DeviceArray:
 
 def empty(shape: Any, dtype: Any, stream: Any) -> DeviceArray:
     """An uninitialised array, by the library and on the device of ``stream``."""
+    return _made("empty", shape, dtype, stream)
+
+
+def scratch(shape: Any, dtype: Any, stream: Any) -> DeviceArray:
+    """As :func:`empty`, of an array that may be dropped as soon as the work that uses it is queued."""
+    return _made("scratch", shape, dtype, stream)
+
+
+def _made(how: str, shape: Any, dtype: Any, stream: Any) -> DeviceArray:
     from kdcore.cuda.streams import as_queue
 
     queue = as_queue(stream)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    owner = queue.library.empty(shape, np.dtype(dtype), queue.device, queue.handle)
+    owner = getattr(queue.library, how)(shape, np.dtype(dtype), queue.device, queue.handle)
     return DeviceArray(library_of(owner).describe(owner, queue.handle), owner)
 
 
@@ -151,12 +162,12 @@ def nothing(dtype: Any, shape: tuple[int, ...] = (0,)) -> DeviceArray:
 
 
 def full(shape: Any, dtype: Any, value: Any, stream: Any) -> DeviceArray:
-    """An array filled with ``value`` by a kernel on ``stream``. Not for bfloat16."""
+    """A scratch array filled with ``value`` by a kernel on ``stream``. Not for bfloat16."""
     from kdcore.cuda.launch import fill
 
     if 0 in shape:
         return nothing(dtype, shape)
-    array = empty(shape, dtype, stream)
+    array = scratch(shape, dtype, stream)
     fill(array, value, stream)
     return array
 
@@ -192,14 +203,15 @@ def to_host(array: Any) -> np.ndarray:
 
     from kdcore.cuda.primitives import SIMULATOR
 
-    cuda.synchronize()
     array = as_array(array)
-    if not array.size:
-        return np.empty(array.shape, array.dtype)
-    if SIMULATOR:
-        return array.address.array(array.shape, array.strides, array.dtype).copy()
-    view = cuda.from_cuda_array_interface(array.__cuda_array_interface__, owner=array, sync=False)
-    return view.copy_to_host().view(array.dtype)
+    with nullcontext() if array.device is None else cuda.gpus[array.device]:
+        cuda.synchronize()
+        if not array.size:
+            return np.empty(array.shape, array.dtype)
+        if SIMULATOR:
+            return array.address.array(array.shape, array.strides, array.dtype).copy()
+        view = cuda.from_cuda_array_interface(array.__cuda_array_interface__, owner=array, sync=False)
+        return view.copy_to_host().view(array.dtype)
 
 
 def _bounds(array: DeviceArray) -> tuple[int, int]:

@@ -55,10 +55,11 @@ _override: ContextVar[_Override] = ContextVar("kdcore_cuda_plan", default=_AS_CH
 
 @contextmanager
 def using(kernel: str | None = None, threads: int | None = None, blocks: int | None = None) -> Iterator[None]:
-    """Within the ``with`` statement: KD calls of forward KL by this kernel, "row" or "group".
+    """Within the ``with`` statement: KD calls by this kernel, "row" or, for forward KL alone, "group".
 
-    ``threads`` a block, a multiple of 32, and ``blocks`` a row, of the group kernel, instead of what is chosen. What
-    does not fit a call (more threads than its kernel can have, too few blocks for its classes) is a DomainError there.
+    ``threads`` a block of the kernels that work rows, a multiple of 32, and ``blocks`` a row of the group kernel,
+    instead of what is chosen. What does not fit a call (another divergence, more threads than its kernel can have, too
+    few blocks for its classes) is a DomainError there.
     """
     if kernel is not None:
         choice(kernel, "kernel", ("row", "group"))
@@ -177,7 +178,7 @@ def plan_of(size: int, itemsizes: tuple[int, int], most_threads: int, can_group:
 
 
 def explain(size: int, dtype: str = "float32") -> str:
-    """In words: how a forward KL call with rows of ``size`` classes of a dtype is worked on the current device."""
+    """In words: how the current device works forward KL at T = 1, 2 or 4, of rows of ``size`` classes of a dtype."""
     from kdcore.cuda.kernels import most_threads
 
     name = str(dtype).rpartition(".")[2]

@@ -22,7 +22,7 @@ Of 16-bit elements b is a + 4, so that they are 16 bytes; of others, two or four
   ``kept_words(place, gap, tag)``, and ``keep_async(place, gap, address, a, b, tag)`` straight from the row at an
   address, which has happened after ``wait_for_copies()``, for the thread that calls it
 - ``itemsize(tag)``: the bytes of an element; ``lowest(like)``: the smallest finite number of a type
-- ``to_real(x)``, ``from_real(x, like)``: the conversions alone, ``like`` a number of the storage type
+- ``to_real(x)``: a number as it is stored as float32 or float64
 - ``cast(x, like)``: x in the type of like
 - ``exp2_scaled(d, (high, low), tag)``: exp2(d (high + low)) for d <= 0, in the type of d; exactly 1 at d = 0. Of a
   number that was stored in 16 bits, exp2(d high) in float32: the instruction alone, which is what limits those kernels
@@ -47,7 +47,6 @@ __all__ = [
     "cast",
     "device",
     "exp2_scaled",
-    "from_real",
     "itemsize",
     "keep_async",
     "keep_words",
@@ -83,7 +82,6 @@ if SIMULATOR:
         cast,
         device,
         exp2_scaled,
-        from_real,
         itemsize,
         keep_async,
         keep_words,
@@ -114,7 +112,6 @@ else:
         cast,
         device,
         exp2_scaled,
-        from_real,
         itemsize,
         keep_async,
         keep_words,

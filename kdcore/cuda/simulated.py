@@ -102,7 +102,7 @@ def store_stored(address, value):
     address.bytes(value.dtype.itemsize).view(value.dtype)[0] = value
 
 
-def load_words(address):
+def _load_words(address):
     return tuple(address.bytes(16).view(np.uint32))
 
 
@@ -128,7 +128,7 @@ def keep_words(place, gap, words, tag):
 
 
 def kept_words(place, gap, tag):
-    return tuple(word for k in range(1 if tag.dtype.itemsize == 2 else 2) for word in load_words(place + gap * k))
+    return tuple(word for k in range(1 if tag.dtype.itemsize == 2 else 2) for word in _load_words(place + gap * k))
 
 
 def add_release(address, value):
@@ -153,7 +153,7 @@ def to_real(x):
     return np.float32(x) if isinstance(x, np.float16) else x
 
 
-def from_real(x, like):
+def _from_real(x, like):
     if not isinstance(like, np.uint16 | np.float16):
         return cast(x, like)
     single = cast(x, np.float32(0))
@@ -174,7 +174,7 @@ def load_real(address, tag):
 
 
 def store_real(address, x, tag):
-    store_stored(address, from_real(x, tag))
+    store_stored(address, _from_real(x, tag))
 
 
 def _reals(values):
@@ -188,7 +188,7 @@ def _reals(values):
 
 def octet_words(address, a, b, tag):
     starts = (a,) if tag.dtype.itemsize == 2 else (a, b)
-    return tuple(word for start in starts for word in load_words(address + tag.dtype.itemsize * start))
+    return tuple(word for start in starts for word in _load_words(address + tag.dtype.itemsize * start))
 
 
 def octet_of_words(words, tag):
@@ -196,7 +196,7 @@ def octet_of_words(words, tag):
 
 
 def words_of_octet(x, tag):
-    return tuple(np.array([from_real(value, tag) for value in x]).view(np.uint32))
+    return tuple(np.array([_from_real(value, tag) for value in x]).view(np.uint32))
 
 
 def load_octet(address, a, b, tag):
@@ -206,7 +206,7 @@ def load_octet(address, a, b, tag):
 
 
 def store_octet(address, a, b, x, tag):
-    values, size = [from_real(value, tag) for value in x], tag.dtype.itemsize
+    values, size = [_from_real(value, tag) for value in x], tag.dtype.itemsize
     starts = {2: (a,), 4: (a, b), 8: (a, a + 2, b, b + 2)}[size]
     for k, start in enumerate(starts):
         count = 16 // size

@@ -12,7 +12,7 @@ from numba import cuda, float64
 
 from kdcore import formulas
 from kdcore.cuda.distillation import stages
-from kdcore.cuda.kernels import given, kernel_of, label_at, most_threads, row_at, weight_at, write_results
+from kdcore.cuda.kernels import factors_of, given, kernel_of, label_at, most_threads, row_at, weight_at, write_results
 from kdcore.cuda.primitives import bind, cast, device, itemsize, load_real, load_stored, store_real, store_stored
 from kdcore.cuda.rows import SCRATCH, fill_row, is_usable, whole_octets
 from kdcore.cuda.sweeps import sweeps
@@ -202,13 +202,10 @@ def gradient_kernel(parts, wide):
                 y = cast(load_real(t[0] + label * t[1], t[2]), like)
         cuda.syncthreads()  # before a gradient may take the place of the label's logit
         zero = cast(0, like)
-        hard_factor, soft_q, soft_p = zero, zero, zero
-        if hard:
-            hard_factor = cast(scale_i * alpha / z_h, like)
-        if soft:
-            size_ = scale_i * (1.0 - alpha) * kd_scale / temperature
-            soft_q, soft_p = cast(size_ / z_s, like), cast(size_ / z_t, like)
-        factors = hard_factor, soft_q, soft_p
+        if not soft:
+            z_s, z_t = 1.0, 1.0
+        hard_q, soft_q, soft_p = factors_of(scale_i, alpha, kd_scale, temperature, z_s, z_h, z_t)
+        factors = cast(hard_q, like), cast(soft_q, like), cast(soft_p, like)
         ratio = cast(teacher_temperature / temperature, like)
         softmaxes = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         spend_row(s, t, g, size, maxima, rates, tags, factors, ratio, softmaxes, adjacent, whole, like, shared)

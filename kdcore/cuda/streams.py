@@ -14,7 +14,7 @@ from kdcore.cuda.memory import describe
 from kdcore.cuda.primitives import SIMULATOR
 from kdcore.errors import DeviceMismatchError, DTypeError
 
-__all__ = ["Queue", "as_queue", "as_stream", "launch", "queue_of", "stream_handle", "synchronize"]
+__all__ = ["Queue", "as_queue", "as_stream", "launch", "on_device_of", "queue_of", "stream_handle", "synchronize"]
 
 _NUMBA = Library()
 
@@ -100,6 +100,12 @@ def queue_of(arrays: dict[str, Any], stream: Any) -> Queue:
     return Queue(stream_handle(stream), device, library, as_stream(stream))
 
 
+def on_device_of(stream: Any) -> Any:
+    """A context in which the device of a queue is the current one."""
+    device = as_queue(stream).device
+    return nullcontext() if device is None else cuda.gpus[device]
+
+
 def _configured(kernel: Any, blocks: int, threads: int, stream: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Grid size")  # a batch is as small as it is
@@ -113,6 +119,5 @@ if not SIMULATOR:  # whose kernels keep their last configuration in themselves
 def launch(kernel: Any, blocks: int, threads: int, stream: Any, *arguments: Any) -> None:
     """Run ``kernel`` with so many blocks; CUDA takes no grid without any, so none run for 0."""
     if blocks > 0:
-        queue = as_queue(stream)
-        with nullcontext() if queue.device is None else cuda.gpus[queue.device]:
-            _configured(kernel, blocks, threads, queue.stream)(*arguments)
+        with on_device_of(stream):
+            _configured(kernel, blocks, threads, as_stream(stream))(*arguments)
