@@ -882,7 +882,7 @@ def part_variants(task: Task) -> None:
         yield kdcore_contender(data, objective, "as chosen")
         yield triad_contender(data)
         options: list[dict[str, Any]] = [{"kernel": "row", "threads": threads} for threads in (256, 512, 1024)]
-        options += [{"kernel": "group"}, *({"kernel": "group", "threads": threads} for threads in (96, 128, 160, 192))]
+        options += [{"kernel": "group"}, *({"kernel": "group", "threads": threads} for threads in (64, 96))]
         with contextlib.suppress(DomainError), planned(kernel="group"):
             needed = int(re.findall(r"(\d+) blocks?", explain(V, dtype))[0])
             options += [{"kernel": "group", "blocks": blocks} for blocks in (needed + 1, 2 * needed)]

@@ -31,6 +31,7 @@ __all__ = [
     "bound",
     "cross_entropy",
     "exp",
+    "exponent",
     "exprel",
     "fma",
     "forward_kl_from_sums",
@@ -118,6 +119,11 @@ def scaled_logit(x, m, headroom):
 def rate(temperature):
     """What turns d into an exponent of 2: exp((x - m) / T) = exp2(d * rate)."""
     return math.log2(math.e) / temperature
+
+
+def exponent(x, c, r):
+    """The exponent of 2 of exp((x - m) / T) in one step; c is its rate, r is m c as it is rounded for a whole row."""
+    return fma(x, c, -r)
 
 
 def log_softmax(d, inverse_temperature, log_z):

@@ -1,5 +1,6 @@
 """What of kdcore.cuda must work everywhere: importing it, and asking what it could do."""
 
+import importlib.util
 import inspect
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from processes import in_a_process
 
 import kdcore.cpu
 import kdcore.cpu.memory
@@ -15,9 +17,12 @@ import kdcore.cuda.memory
 from kdcore.cuda.presence import available, owns, require
 from kdcore.errors import DeviceUnavailableError
 
+#: What numba-cuda says when it is imported beside NumPy 2.5; setup.cfg has it too.
+NUMBAS_OWN = "ignore:The 'generic' unit for NumPy timedelta:DeprecationWarning:numba.cuda.np.npdatetime_helpers"
+
 
 def run(program, **environment):
-    command = [sys.executable, "-W", "error", "-c", program]
+    command = [sys.executable, "-W", "error", "-W", NUMBAS_OWN, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -99,3 +104,65 @@ def test_devices_are_named_where_there_are_any():
     ).stdout
     assert ("  device 0: " in shown) == ("CUDA engine: runs" in shown)
     assert ("  device 0: simulator (compute capability " in simulated) == ("CUDA engine: runs" in simulated)
+
+
+def with_numba_cuda(function):
+    """Needs no device, but the package, which the environments of these tests have."""
+    installed = importlib.util.find_spec("numba_cuda") is not None
+    return pytest.mark.gpu(pytest.mark.skipif(not installed, reason="numba-cuda is not installed")(function))
+
+
+def unsimulated(script, directory):
+    """Run a script without the simulator, also in a checkout that is not installed."""
+    in_a_process(script, directory, NUMBA_ENABLE_CUDASIM="0", PYTHONPATH=os.pathsep.join(sys.path))
+
+
+@with_numba_cuda
+def test_cuda_compiles_where_numpy_has_no_row_stack(tmp_path):
+    # What a first compilation imports, without the compiler, which may not be installed.
+    script = """
+    import numpy as np
+    from numba import cuda
+    from numba.cuda.descriptor import cuda_target
+
+    from kdcore.cuda.presence import available
+
+    vars(np).pop("row_stack", None)  # as NumPy 2.5 did
+    available()
+    assert not hasattr(np, "row_stack")
+    cuda_target.typing_context.refresh()
+    cuda_target.target_context.refresh()
+    assert not hasattr(np, "row_stack")
+    """
+    unsimulated(script, tmp_path)
+
+
+@with_numba_cuda
+def test_row_stack_stays_where_numpy_has_it(tmp_path):
+    script = """
+    import numpy as np
+
+    from kdcore.cuda.presence import available
+
+    row_stack = vars(np).setdefault("row_stack", np.vstack)
+    available()
+    assert np.row_stack is row_stack
+    """
+    unsimulated(script, tmp_path)
+
+
+@with_numba_cuda
+def test_a_numpy_that_numba_cuda_does_not_know_is_a_reason(tmp_path):
+    script = """
+    import numpy as np
+    from numba import cuda
+
+    from kdcore.cuda.presence import available
+
+    vars(np).pop("row_stack", None)
+    del np.vstack  # as some later NumPy may
+    reason = available()
+    assert not hasattr(np, "row_stack")
+    assert reason is not None and "'vstack'" in reason, reason
+    """
+    unsimulated(script, tmp_path)

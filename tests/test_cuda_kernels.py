@@ -266,7 +266,7 @@ def test_large_rows_are_worked_by_the_group_kernel(monkeypatch):
 def test_what_cannot_be_asked_for():
     x = np.zeros((1, 6000), F32)
     for options, words in [
-        ({"kernel": "group", "threads": 256}, "threads=256, but a block of the group kernel has at most 224"),
+        ({"kernel": "group", "threads": 256}, "threads=256, but a block of the group kernel has at most 128"),
         ({"kernel": "group", "threads": 32, "blocks": 1}, "needs 2 blocks of 32 threads for 6000 classes"),
         ({"kernel": "group", "blocks": 65}, "can have 64: got blocks=65"),
         ({"kernel": "row", "threads": 2048}, "threads=2048, but a block of this kernel has at most 1024"),
@@ -303,16 +303,19 @@ def test_reductions_one_after_another():
         i = np.float64(cuda.threadIdx.x)
         for k in range(4):
             low, high = rows.block_maxima(-i - k, i * k, shared)
-            a, b, c = rows.block_sums(i + k, 0.0, 1.0, 0.5, i * k, 0.0, shared)
-            d, _, _ = rows.block_sums(i, 0.0, 1.0, 0.5, i * k, 0.0, shared)
-            for n, value in enumerate((low, high, a, b, c, d)):
+            a, b, c, d = rows.block_sums(i + k, 1.5, i * k, -i, shared)
+            e, _, _, f = rows.block_sums(i, 0.0, 1.0, k, shared)
+            g, h = rows.block_total(i, shared), rows.block_total(k, shared)
+            for n, value in enumerate((low, high, a, b, c, d, e, f, g, h)):
                 out[cuda.blockIdx.x, cuda.threadIdx.x, k, n] = value
 
-    out = cuda.device_array((8, 96, 4, 6), np.float64)
+    out = cuda.device_array((8, 96, 4, 10), np.float64)
     reductions[8, 96](out)
-    total = 95 * 48
-    expected = [[-k, 95 * k, total + 96 * k, 144, total * k, total] for k in range(4)]
-    np.testing.assert_array_equal(out.copy_to_host(), np.broadcast_to(expected, (8, 96, 4, 6)))
+    sum_ = 95 * 48
+    expected = [
+        [-k, 95 * k, sum_ + 96 * k, 144, sum_ * k, -sum_, sum_, 96 * k, sum_, 96 * k] for k in map(float, range(4))
+    ]
+    np.testing.assert_array_equal(out.copy_to_host(), np.broadcast_to(expected, (8, 96, 4, 10)))
 
 
 # --- mergeable states ----------------------------------------------------------------------------------------------

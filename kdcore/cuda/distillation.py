@@ -1,29 +1,43 @@
 """What a KD kernel does with the octets of one row, the student's x and the teacher's y, in three stages.
 
-1. **gather**: maxima and sums of exponentials, carried along as a thread's *sums*
-   (m_s, z_s, low_s, z_h, low_h, m_t, z_t, low_t); low is what the additions of z have lost. z_s and z_t are at the
-   temperatures, z_h is the student's at 1. To add up those of several threads, **settle** makes them relative to the
-   maxima of all.
+1. **gather**: maxima, sums of exponentials, and the moment from which forward KL follows, carried along as a thread's
+   *sums* (m_s, r_s, z_s, low_s, z_h, low_h, m_t, r_t, z_t, low_t, w, low_w); low is what is still to be added. z_s and
+   z_t are at the temperatures, z_h is the student's at 1, r is what exponents are relative to. To add up those of
+   several threads, **settle** makes them relative to the maxima of all; **rebase** does so with those of slices.
 2. **weigh**: for a divergence that goes by its two formulas, the sums of its terms and of its slopes. They need the
    whole row's softmaxes. Forward KL has no such stage.
-3. **spend**: the gradient; for forward KL with the moment from which its value follows.
+3. **spend**: the gradient.
 
-:func:`stages` makes the functions. A kernel brings the octets, from memory or from registers, and the reductions.
+They come in both ways of :mod:`kdcore.cuda.rows`, quick and careful; :func:`questions` has when care is needed.
+:func:`stages` makes the functions. A kernel brings the octets, from memory or from shared memory, and the reductions.
 """
 
-from functools import cache
+import math
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from kdcore import formulas
-from kdcore.cuda.primitives import bind, cast, device, exp2_scaled, lowest
-from kdcore.cuda.rows import carry, exponentials, largest, rate_of, scaled, shifted, total
+from kdcore.cuda.primitives import bind, cast, device, exp2, maximum
+from kdcore.cuda.rows import carry, is_large, is_usable, largest, total, way_of
+from kdcore.formulas import HEADROOM
 
-__all__ = ["Parts", "Stages", "no_sums", "parts_of", "stages"]
+__all__ = ["Parts", "Questions", "Stages", "parts_of", "questions", "rates_of", "rebase_of", "stages"]
 
 _log_ratio = bind(formulas.log_ratio)
+_scaled_logit = bind(formulas.scaled_logit)
 _forward_kl_moment = bind(formulas.forward_kl_moment)
+
+
+@device
+def _as_if_inside(condition, x, y):
+    return y
+
+
+#: Without its guard, where nothing is outside the support: NaN shows what was.
+_unguarded_moment = bind(formulas.forward_kl_moment, where=_as_if_inside)
+_merged_forward_kl = bind(formulas.merged_forward_kl)
 _kd_gradient = bind(formulas.kd_gradient)
 
 
@@ -45,179 +59,327 @@ def parts_of(alpha: float, temperature: float) -> Parts:
     return Parts(soft=True, hard=True, power=int(temperature) if temperature in (1.0, 2.0, 4.0) else 0)
 
 
+@lru_cache(maxsize=64)
+def rates_of(temperature: float, teacher_temperature: float, wide: bool) -> tuple[Any, ...]:
+    """What turns a logit into an exponent of 2, of the student, the teacher, and the student at 1; and what follows.
+
+    That is T_t / T; then, in float64 and of the rates as they are after rounding, HEADROOM over the teacher's, and the
+    student's over the teacher's.
+    """
+    like = np.float64 if wide else np.float32
+    student, teacher, at_one = (like(formulas.rate(of)) for of in (temperature, teacher_temperature, 1.0))
+    unit, ratio = HEADROOM / np.float64(teacher), np.float64(student) / np.float64(teacher)
+    return student, teacher, at_one, like(teacher_temperature / temperature), unit, ratio
+
+
+class Questions(NamedTuple):
+    """What is asked of a row's maxima and sums: whether their exponents, or their sums, are beyond the quick way."""
+
+    large: Any
+    no_good: Any
+
+
 class Stages(NamedTuple):
     """Device functions of one row's octets; see :func:`stages`."""
 
-    rates: Any
+    no_sums: Any
     gather: Any
     settle: Any
+    unit: Any
+    references: Any
+    offsets: Any
     weigh: Any
     spend: Any
     spend_one: Any
 
 
-@device
-def no_sums(like):
-    """The sums of no classes."""
-    m, zero = cast(lowest(like), like), cast(0, like)
-    return m, zero, zero, zero, zero, m, zero, zero
+@cache
+def questions(parts: Parts) -> Questions:
+    soft, hard, power = parts
+
+    @device
+    def large(maxima, rates):
+        if is_large(maxima[0], rates[0]) or (hard and power == 0 and is_large(maxima[0], rates[2])):
+            return True
+        return soft and is_large(maxima[1], rates[1])
+
+    @device
+    def no_good(maxima, z_s, z_t, w, rates):
+        # A w that is not finite may be a difference that overflows, and the logits are finite all the same.
+        if not is_usable(z_s) or (soft and not (is_usable(z_t) and abs(w) < math.inf)):
+            return True
+        return large(maxima, rates)
+
+    return Questions(large, no_good)
 
 
 @cache
-def stages(parts: Parts, term: Any = None, slope: Any = None) -> Stages:
-    """The stages of a divergence: of forward KL, or of one by the two formulas ``term`` and ``slope``.
+def rebase_of(parts: Parts) -> Any:
+    """The function that makes a slice's sums relative to other maxima."""
+    _, hard, power = parts
+    own_sum = hard and power != 1
 
-    What they share: ``rates`` = what turns d into an exponent of 2, (student, teacher, student at 1); ``tags`` =
-    (student, teacher); ``maxima`` = (m_s, m_t) of the row; ``factors`` = (hard, soft_q, soft_p) of
-    :func:`kdcore.formulas.kd_gradient`; ``ratio`` = teacher_temperature / temperature. By two formulas a class goes
-    by more, ``softmaxes`` = (1 / z_s, 1 / z_t, 1 / (HEADROOM T), 1 / (HEADROOM T_t), log(z_t / z_s), c).
+    @device
+    def rebase(m_s, z_s, z_h, m_t, z_t, w, maxima, rates, like):
+        """(z_s, z_h, z_t, w), in float64, of a slice's sums that are relative to m_s and m_t."""
+        d_s, d_t = _scaled_logit(m_s, maxima[0], HEADROOM), _scaled_logit(m_t, maxima[1], HEADROOM)
+        f_s = np.float64(exp2(cast(d_s * (np.float64(rates[0]) / HEADROOM), like)))
+        f_t = np.float64(exp2(cast(d_t * (np.float64(rates[1]) / HEADROOM), like)))
+        f_h = f_s
+        if own_sum:
+            f_h = np.float64(exp2(cast(d_s * (np.float64(rates[2]) / HEADROOM), like)))
+        w = _merged_forward_kl(w, z_t, d_t, d_s, rates[5], f_t)
+        return z_s * f_s, z_h * f_h, z_t * f_t, w
+
+    return rebase
+
+
+@cache
+def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> Stages:
+    """The stages of a divergence: of forward KL, or of one by the two formulas ``term`` and ``slope``, with care only.
+
+    What they share: ``rates`` of :func:`rates_of`; ``maxima`` = (m_s, m_t) of the row; ``references`` = (m_s, r_s,
+    r_t); ``factors`` = (hard, soft_q, soft_p) of :func:`kdcore.formulas.kd_gradient`. By two formulas a class goes by
+    more, ``softmaxes`` = (1 / z_s, 1 / z_t, 1 / (HEADROOM T), 1 / (HEADROOM T_t), log(z_t / z_s), c).
     """
     soft, hard, power = parts
     own_sum = hard and power != 1  # at T = 1, the student's sums at T are those at 1
     two_formulas = term is not None
     if two_formulas:
         term, slope = bind(term), bind(slope)
+    floor, place, shift, moved, offset, exponent, ratio_of, unit = way_of(careful)
 
     @device
-    def rates(temperature, teacher_temperature, like):
-        return rate_of(temperature, like), rate_of(teacher_temperature, like), rate_of(1.0, like)
+    def shifts(x, r, c):
+        return (
+            shift(x[0], r, c), shift(x[1], r, c), shift(x[2], r, c), shift(x[3], r, c),
+            shift(x[4], r, c), shift(x[5], r, c), shift(x[6], r, c), shift(x[7], r, c),
+        )  # fmt: skip
+
+    @device
+    def exponentials(d, c):
+        return (
+            exp2(exponent(d[0], c)), exp2(exponent(d[1], c)), exp2(exponent(d[2], c)), exp2(exponent(d[3], c)),
+            exp2(exponent(d[4], c)), exp2(exponent(d[5], c)), exp2(exponent(d[6], c)), exp2(exponent(d[7], c)),
+        )  # fmt: skip
 
     if power == 0:
 
         @device
-        def at_one(e, d, rates, tags):
-            """The student's exponential at T = 1."""
-            return exp2_scaled(d, rates[2], tags[0])
+        def at_one(e, x, m, c):
+            """The student's exponential at T = 1, from the one at T or from the logit."""
+            return exp2(exponent(shift(x, place(m, c), c), c))
+
+        @device
+        def factor_at_one(f, moved_at_one, c):
+            """What the sum at T = 1 is multiplied by when the one at T is by f, or its reference is moved."""
+            return exp2(cast(exponent(moved_at_one, c), f))
 
     elif power == 1:
 
         @device
-        def at_one(e, d, rates, tags):
+        def at_one(e, x, m, c):
             return e
+
+        @device
+        def factor_at_one(f, moved_at_one, c):
+            return f
 
     elif power == 2:
 
         @device
-        def at_one(e, d, rates, tags):
+        def at_one(e, x, m, c):
             return e * e
+
+        @device
+        def factor_at_one(f, moved_at_one, c):
+            return f * f
 
     else:
 
         @device
-        def at_one(e, d, rates, tags):
+        def at_one(e, x, m, c):
             square = e * e
             return square * square
 
+        @device
+        def factor_at_one(f, moved_at_one, c):
+            square = f * f
+            return square * square
+
     @device
-    def gather(sums, x, y, rates, tags):
-        m_s, z_s, low_s, z_h, low_h, m_t, z_t, low_t = sums
-        k = largest(x)
-        if k > m_s:
-            d_k = scaled(m_s, k)
-            f = exp2_scaled(d_k, rates[0], tags[0])
-            z_s *= f
-            low_s *= f
-            if own_sum:
-                f_h = at_one(f, d_k, rates, tags)
-                z_h *= f_h
-                low_h *= f_h
-            m_s = k
-        d = shifted(x, m_s)
-        e = exponentials(d, rates[0], tags[0])
+    def no_sums(rates, like):
+        """The sums of no classes."""
+        m, zero = floor(like), cast(0, like)
+        return m, place(m, rates[0]), zero, zero, zero, zero, m, place(m, rates[1]), zero, zero, zero, zero
+
+    @device
+    def raise_maxima(sums, top_s, top_t, rates):
+        """The sums relative to maxima that are at least their own."""
+        m_s, r_s, z_s, low_s, z_h, low_h, _, r_t, z_t, low_t, w, low_w = sums
+        to_s, to_t = place(top_s, rates[0]), place(top_t, rates[1])
+        d_s, d_t = moved(r_s, to_s), moved(r_t, to_t)
+        f_s = exp2(exponent(d_s, rates[0]))
+        z_s *= f_s
+        low_s *= f_s
+        if own_sum:
+            f_h = factor_at_one(f_s, moved(place(m_s, rates[2]), place(top_s, rates[2])), rates[2])
+            z_h *= f_h
+            low_h *= f_h
+        if soft:
+            f_t = exp2(exponent(d_t, rates[1]))
+            if not two_formulas:
+                w = _merged_forward_kl(w, z_t, d_t, d_s, ratio_of(rates[3]), f_t)
+                low_w *= f_t
+            z_t *= f_t
+            low_t *= f_t
+        return top_s, to_s, z_s, low_s, z_h, low_h, top_t, to_t, z_t, low_t, w, low_w
+
+    @device
+    def gather(sums, x, y, rates):
+        """The sums of the classes so far and of an octet."""
+        k_s, k_t = largest(x), sums[6]
+        if soft:
+            k_t = largest(y)
+        if k_s > sums[0] or k_t > sums[6]:
+            sums = raise_maxima(sums, maximum(sums[0], k_s), maximum(sums[6], k_t), rates)
+        m_s, r_s, z_s, low_s, z_h, low_h, m_t, r_t, z_t, low_t, w, low_w = sums
+        d = shifts(x, r_s, rates[0])
+        e = exponentials(d, rates[0])
         z_s, low_s = carry(z_s, low_s, total(e))
         if own_sum:
+            c = rates[2]
             h = (
-                at_one(e[0], d[0], rates, tags), at_one(e[1], d[1], rates, tags), at_one(e[2], d[2], rates, tags),
-                at_one(e[3], d[3], rates, tags), at_one(e[4], d[4], rates, tags), at_one(e[5], d[5], rates, tags),
-                at_one(e[6], d[6], rates, tags), at_one(e[7], d[7], rates, tags),
+                at_one(e[0], x[0], m_s, c), at_one(e[1], x[1], m_s, c), at_one(e[2], x[2], m_s, c),
+                at_one(e[3], x[3], m_s, c), at_one(e[4], x[4], m_s, c), at_one(e[5], x[5], m_s, c),
+                at_one(e[6], x[6], m_s, c), at_one(e[7], x[7], m_s, c),
             )  # fmt: skip
             z_h, low_h = carry(z_h, low_h, total(h))
         if soft:
-            k_t = largest(y)
-            if k_t > m_t:
-                f_t = exp2_scaled(scaled(m_t, k_t), rates[1], tags[1])
-                z_t *= f_t
-                low_t *= f_t
-                m_t = k_t
-            z_t, low_t = carry(z_t, low_t, total(exponentials(shifted(y, m_t), rates[1], tags[1])))
-        return m_s, z_s, low_s, z_h, low_h, m_t, z_t, low_t
+            d_t = shifts(y, r_t, rates[1])
+            e_t = exponentials(d_t, rates[1])
+            z_t, low_t = carry(z_t, low_t, total(e_t))
+            if not two_formulas:
+                ratio, part = ratio_of(rates[3]), cast(0, w)
+                part = _unguarded_moment(part, e_t[0], d_t[0], d[0], ratio)
+                part = _unguarded_moment(part, e_t[1], d_t[1], d[1], ratio)
+                part = _unguarded_moment(part, e_t[2], d_t[2], d[2], ratio)
+                part = _unguarded_moment(part, e_t[3], d_t[3], d[3], ratio)
+                part = _unguarded_moment(part, e_t[4], d_t[4], d[4], ratio)
+                part = _unguarded_moment(part, e_t[5], d_t[5], d[5], ratio)
+                part = _unguarded_moment(part, e_t[6], d_t[6], d[6], ratio)
+                part = _unguarded_moment(part, e_t[7], d_t[7], d[7], ratio)
+                if not abs(part) < math.inf:
+                    part = cast(0, w)
+                    part = _forward_kl_moment(part, e_t[0], d_t[0], d[0], ratio)
+                    part = _forward_kl_moment(part, e_t[1], d_t[1], d[1], ratio)
+                    part = _forward_kl_moment(part, e_t[2], d_t[2], d[2], ratio)
+                    part = _forward_kl_moment(part, e_t[3], d_t[3], d[3], ratio)
+                    part = _forward_kl_moment(part, e_t[4], d_t[4], d[4], ratio)
+                    part = _forward_kl_moment(part, e_t[5], d_t[5], d[5], ratio)
+                    part = _forward_kl_moment(part, e_t[6], d_t[6], d[6], ratio)
+                    part = _forward_kl_moment(part, e_t[7], d_t[7], d[7], ratio)
+                w, low_w = carry(w, low_w, part)
+        return m_s, r_s, z_s, low_s, z_h, low_h, m_t, r_t, z_t, low_t, w, low_w
 
     @device
-    def settle(sums, maxima, rates, tags):
-        """(z_s, low_s, z_h, low_h, z_t, low_t) of a thread's sums, relative to the maxima of other threads, too."""
-        m_s, z_s, low_s, z_h, low_h, m_t, z_t, low_t = sums
-        d = scaled(m_s, maxima[0])
-        f_s = exp2_scaled(d, rates[0], tags[0])
-        f_h, f_t = f_s, f_s
+    def settle(sums, maxima, rates, like):
+        """(z_s, z_h, z_t, w) of a thread in float64, relative to the maxima of others, too, without r's rounding."""
+        m_s, r_s, z_s, low_s, z_h, low_h, _, r_t, z_t, low_t, w, low_w = sums
+        d_s = offset(r_s, maxima[0], rates[0])
+        f_s = exp2(cast(exponent(d_s, np.float64(rates[0])), like))
+        z_s = (np.float64(z_s) + np.float64(low_s)) * np.float64(f_s)
+        of_h, of_t, of_w = z_s, z_s, 0.0  # of a part that there is not, what can be divided by
         if own_sum:
-            f_h = at_one(f_s, d, rates, tags)
-        else:
-            z_h, low_h = z_s, low_s
+            d_h = offset(place(m_s, rates[2]), maxima[0], rates[2])
+            f_h = factor_at_one(f_s, d_h, np.float64(rates[2]))
+            of_h = (np.float64(z_h) + np.float64(low_h)) * np.float64(f_h)
         if soft:
-            f_t = exp2_scaled(scaled(m_t, maxima[1]), rates[1], tags[1])
-        else:
-            z_t, low_t = z_s, low_s
-        return z_s * f_s, low_s * f_s, z_h * f_h, low_h * f_h, z_t * f_t, low_t * f_t
+            d_t = offset(r_t, maxima[1], rates[1])
+            f_t = np.float64(exp2(cast(exponent(d_t, np.float64(rates[1])), like)))
+            of_t = np.float64(z_t) + np.float64(low_t)
+            if not two_formulas:
+                ratio = ratio_of(np.float64(rates[3]))
+                of_w = _merged_forward_kl(np.float64(w) + np.float64(low_w), of_t, d_t, d_s, ratio, f_t)
+            of_t *= f_t
+        return z_s, of_h, of_t, of_w
 
     @device
-    def weigh_class(x, y, inside, maxima, rates, tags, softmaxes):
+    def references(maxima, rates):
+        return maxima[0], place(maxima[0], rates[0]), place(maxima[1], rates[1])
+
+    @device
+    def offsets(maxima, rates):
+        """(of e_s, e_h, e_t) what makes exponentials of :func:`spend` relative to the maxima, in float64."""
+        if careful:
+            return 1.0, 1.0, 1.0
+        _, r_s, r_t = references(maxima, rates)
+        of_s, of_t = exp2(offset(r_s, maxima[0], rates[0])), 1.0
+        if soft:
+            of_t = exp2(offset(r_t, maxima[1], rates[1]))
+        d_h = offset(place(maxima[0], rates[2]), maxima[0], rates[2])
+        return of_s, factor_at_one(of_s, d_h, np.float64(rates[2])), of_t
+
+    @device
+    def weigh_class(x, y, inside, references, rates, softmaxes):
         """(phi, q phi') of one class; 0 where it is not one."""
-        d_s, d_t = scaled(x, maxima[0]), scaled(y, maxima[1])
-        p = exp2_scaled(d_t, rates[1], tags[1]) * softmaxes[1]
-        q = exp2_scaled(d_s, rates[0], tags[0]) * softmaxes[0]
+        d_s, d_t = shift(x, references[1], rates[0]), shift(y, references[2], rates[1])
+        p = exp2(exponent(d_t, rates[1])) * softmaxes[1]
+        q = exp2(exponent(d_s, rates[0])) * softmaxes[0]
         r = _log_ratio(d_s, d_t, softmaxes[2], softmaxes[3], softmaxes[4])
         if inside:
             return np.float64(term(p, q, r, softmaxes[5])), np.float64(slope(p, q, r, softmaxes[5]))
         return 0.0, 0.0
 
     @device
-    def weigh(value, mean, x, y, a, b, end, maxima, rates, tags, softmaxes):
+    def weigh(value, mean, x, y, a, b, end, references, rates, softmaxes):
         """(value, mean) and the terms and slopes of an octet; the class ``end`` and those after it do not count."""
-        p0, q0 = weigh_class(x[0], y[0], a < end, maxima, rates, tags, softmaxes)
-        p1, q1 = weigh_class(x[1], y[1], a + 1 < end, maxima, rates, tags, softmaxes)
-        p2, q2 = weigh_class(x[2], y[2], a + 2 < end, maxima, rates, tags, softmaxes)
-        p3, q3 = weigh_class(x[3], y[3], a + 3 < end, maxima, rates, tags, softmaxes)
-        p4, q4 = weigh_class(x[4], y[4], b < end, maxima, rates, tags, softmaxes)
-        p5, q5 = weigh_class(x[5], y[5], b + 1 < end, maxima, rates, tags, softmaxes)
-        p6, q6 = weigh_class(x[6], y[6], b + 2 < end, maxima, rates, tags, softmaxes)
-        p7, q7 = weigh_class(x[7], y[7], b + 3 < end, maxima, rates, tags, softmaxes)
+        p0, q0 = weigh_class(x[0], y[0], a < end, references, rates, softmaxes)
+        p1, q1 = weigh_class(x[1], y[1], a + 1 < end, references, rates, softmaxes)
+        p2, q2 = weigh_class(x[2], y[2], a + 2 < end, references, rates, softmaxes)
+        p3, q3 = weigh_class(x[3], y[3], a + 3 < end, references, rates, softmaxes)
+        p4, q4 = weigh_class(x[4], y[4], b < end, references, rates, softmaxes)
+        p5, q5 = weigh_class(x[5], y[5], b + 1 < end, references, rates, softmaxes)
+        p6, q6 = weigh_class(x[6], y[6], b + 2 < end, references, rates, softmaxes)
+        p7, q7 = weigh_class(x[7], y[7], b + 3 < end, references, rates, softmaxes)
         value += ((p0 + p1) + (p2 + p3)) + ((p4 + p5) + (p6 + p7))
         mean += ((q0 + q1) + (q2 + q3)) + ((q4 + q5) + (q6 + q7))
         return value, mean
 
     @device
-    def spend_class(w, x, y, above_one, maxima, rates, tags, factors, ratio, softmaxes):
-        """(gradient, w) of one class: w and its part of forward KL's moment; ``above_one`` = z_h if it is the label."""
-        d_s = scaled(x, maxima[0])
-        e_s = exp2_scaled(d_s, rates[0], tags[0])
+    def spend_one(x, y, above_one, references, rates, factors, softmaxes):
+        """The gradient of one class; ``above_one`` = z_h, as exponentials are here, if it is the label, else 0."""
+        m_s, r_s, r_t = references
+        d_s = shift(x, r_s, rates[0])
+        e_s = exp2(exponent(d_s, rates[0]))
         zero = cast(0, x)
         e_h, g_q, g_p = zero, zero, zero
         if hard:
-            e_h = at_one(e_s, d_s, rates, tags) - above_one
+            e_h = at_one(e_s, x, m_s, rates[2]) - above_one
         if soft:
-            d_t = scaled(y, maxima[1])
-            e_t = exp2_scaled(d_t, rates[1], tags[1])
+            d_t = shift(y, r_t, rates[1])
+            e_t = exp2(exponent(d_t, rates[1]))
             if two_formulas:
                 q = e_s * softmaxes[0]
                 r = _log_ratio(d_s, d_t, softmaxes[2], softmaxes[3], softmaxes[4])
                 g_q, g_p = slope(e_t * softmaxes[1], q, r, softmaxes[5]), q
             else:
                 g_q, g_p = e_s, e_t
-                w = _forward_kl_moment(w, e_t, d_t, d_s, ratio)
-        return _kd_gradient(e_h, g_q, g_p, factors[0], factors[1], factors[2]), w
+        return _kd_gradient(e_h, g_q, g_p, factors[0], factors[1], factors[2])
 
     @device
-    def spend(x, y, maxima, rates, tags, factors, ratio, softmaxes):
-        """(gradient, part of w) of an octet, without what the label adds."""
+    def spend(x, y, references, rates, factors, softmaxes):
+        """The gradient of an octet, without what the label adds."""
         zero = cast(0, x[0])
-        g0, w = spend_class(zero, x[0], y[0], zero, maxima, rates, tags, factors, ratio, softmaxes)
-        g1, w = spend_class(w, x[1], y[1], zero, maxima, rates, tags, factors, ratio, softmaxes)
-        g2, w = spend_class(w, x[2], y[2], zero, maxima, rates, tags, factors, ratio, softmaxes)
-        g3, w = spend_class(w, x[3], y[3], zero, maxima, rates, tags, factors, ratio, softmaxes)
-        g4, w = spend_class(w, x[4], y[4], zero, maxima, rates, tags, factors, ratio, softmaxes)
-        g5, w = spend_class(w, x[5], y[5], zero, maxima, rates, tags, factors, ratio, softmaxes)
-        g6, w = spend_class(w, x[6], y[6], zero, maxima, rates, tags, factors, ratio, softmaxes)
-        g7, w = spend_class(w, x[7], y[7], zero, maxima, rates, tags, factors, ratio, softmaxes)
-        return (g0, g1, g2, g3, g4, g5, g6, g7), w
+        return (
+            spend_one(x[0], y[0], zero, references, rates, factors, softmaxes),
+            spend_one(x[1], y[1], zero, references, rates, factors, softmaxes),
+            spend_one(x[2], y[2], zero, references, rates, factors, softmaxes),
+            spend_one(x[3], y[3], zero, references, rates, factors, softmaxes),
+            spend_one(x[4], y[4], zero, references, rates, factors, softmaxes),
+            spend_one(x[5], y[5], zero, references, rates, factors, softmaxes),
+            spend_one(x[6], y[6], zero, references, rates, factors, softmaxes),
+            spend_one(x[7], y[7], zero, references, rates, factors, softmaxes),
+        )
 
-    return Stages(rates, gather, settle, weigh, spend, spend_class)
+    return Stages(no_sums, gather, settle, unit, references, offsets, weigh, spend, spend_one)

@@ -11,7 +11,10 @@ import numpy as np
 from llvmlite import ir
 from numba import cuda, types
 
+from kdcore.cuda.presence import import_compiler
 from kdcore.formulas import bound, fma
+
+import_compiler()  # for kernels of a user's own, which nothing else comes before
 
 try:
     from numba.cuda.extending import intrinsic, overload
@@ -21,7 +24,6 @@ except ImportError:  # an older numba-cuda, or the numba.cuda within numba
     overload = functools.partial(_overload, target="cuda")
 
 _I64, _I32, _I16 = (ir.IntType(bits) for bits in (64, 32, 16))
-_LN2 = math.log(2.0)
 
 
 def device(function):
@@ -64,8 +66,8 @@ def _exprel(x):
 _fma = cuda.jit(device=True)(fma)  # the compiler makes one instruction of it
 
 
-def bind(formula):
-    functions = {"where": _where, "fma": _fma, "log": math.log, "exp": math.exp, "exprel": _exprel}
+def bind(formula, **others):
+    functions = {"where": _where, "fma": _fma, "log": math.log, "exp": math.exp, "exprel": _exprel, **others}
     return cuda.jit(device=True)(bound(formula, functions))
 
 
@@ -208,13 +210,20 @@ def _store_shared_words(context, address, a, b, c, d):
     return types.void(types.int64, *[types.uint32] * 4), code
 
 
-@intrinsic
-def add_release(context, address, value):
-    def code(context, builder, signature, arguments):
-        text, constraints = "atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;", "=r,l,r,~{memory}"
-        return builder.call(_instruction(text, _I32, [_I64, _I32], True, constraints), arguments)
+def _atomic_add(order):
+    text, constraints = f"atom.{order}.gpu.global.add.u32 $0, [$1], $2;", "=r,l,r,~{memory}"
 
-    return types.int32(types.int64, types.int32), code
+    @intrinsic
+    def add(context, address, value):
+        def code(context, builder, signature, arguments):
+            return builder.call(_instruction(text, _I32, [_I64, _I32], True, constraints), arguments)
+
+        return types.int32(types.int64, types.int32), code
+
+    return add
+
+
+add, add_release = _atomic_add("relaxed"), _atomic_add("acq_rel")
 
 
 @intrinsic
@@ -500,6 +509,16 @@ def _itemsize(tag):
     return lambda tag: size
 
 
+def is_single(like):
+    raise TypeError("is_single is for compiled code")
+
+
+@overload(is_single)
+def _is_single(like):
+    single = like == types.float32
+    return lambda like: single
+
+
 def lowest(like):
     raise TypeError("lowest is for compiled code")
 
@@ -537,34 +556,5 @@ def maximum(x, y):
 
 
 @cuda.jit(device=True)
-def exp2_corrected(d, high, low):
-    # The product d * high rounds by up to |d * high| / 2**24, which would be the largest error by far; what it loses
-    # comes back as the first-order factor 1 + ln 2 * lost.
-    x = d * high
-    e = exp2(x)
-    lost = cuda.fma(d, low, cuda.fma(d, high, -x))
-    corrected = cuda.fma(e, lost * type(d)(_LN2), e)
-    return e if e == type(d)(0) else corrected  # there x may be -inf, and what was lost is not a number
-
-
-def exp2_scaled(d, rate, tag):
-    raise TypeError("exp2_scaled is for compiled code")
-
-
-@overload(exp2_scaled)
-def _exp2_scaled(d, rate, tag):
-    if d == types.float32 and tag in (types.float16, types.uint16):
-        return lambda d, rate, tag: exp2(d * rate[0])
-    return lambda d, rate, tag: exp2_corrected(d, rate[0], rate[1])
-
-
-@cuda.jit(device=True)
 def log(x):
     return math.log(x)
-
-
-@cuda.jit(device=True)
-def two_sum(x, y):
-    s = x + y
-    z = s - x
-    return s, (x - (s - z)) + (y - z)

@@ -14,7 +14,6 @@ import numpy as np
 from numba import cuda, float64
 
 from kdcore import formulas
-from kdcore.cuda.distillation import stages
 from kdcore.cuda.primitives import (
     SIMULATOR,
     bind,
@@ -148,17 +147,17 @@ def kd_kernel(parts, term, slope, wide):
     """
     soft, hard, _ = parts
     two_formulas = term is not None
-    rates_of, _, _, _, _, spend_one = stages(parts, term, slope)
-    sums_of, weights_of, spend_row = sweeps(parts, term, slope)
+    sums_of, weights_of, offsets_of, spend_row, spend_one = sweeps(parts, wide, term, slope)
 
     @kernel_of(most_threads(wide, parts.power == 0))
     def kernel(
         student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
-        c, size, like, gradient, results, status,
+        c, rates, size, like, gradient, results, status,
     ):  # fmt: skip
         """student, teacher, gradient: matrices [B, size]; labels, weights: vectors [B]; denominator: address of [1].
 
-        alpha CE + (1 - alpha) kd_scale D(p, q), its parts and its gradient; c is the parameter of D.
+        alpha CE + (1 - alpha) kd_scale D(p, q), its parts and its gradient; c is the parameter of D; rates as in
+        :func:`kdcore.cuda.distillation.stages`.
         """
         shared = cuda.shared.array(SCRATCH, float64)
         i = np.int64(cuda.blockIdx.x)
@@ -177,11 +176,9 @@ def kd_kernel(parts, term, slope, wide):
                 fill_row(g, np.int64(0), size, 0.0 if masked else math.nan)
             return
 
-        tags = s[2], t[2]
-        rates = rates_of(temperature, teacher_temperature, like)
         adjacent = itemsize(s[2]) == 2 or (soft and itemsize(t[2]) == 2)
         whole = whole_octets(s) and (not soft or whole_octets(t))
-        maxima, row_s, row_h, row_t = sums_of(s, t, size, rates, tags, adjacent, whole, like, shared)
+        maxima, row_s, row_h, row_t, w = sums_of(s, t, size, rates, adjacent, whole, like, shared)
         if not (is_usable(row_s) and (not soft or is_usable(row_t))):
             if first:
                 write_results(results, i, math.nan, math.nan, math.nan)
@@ -190,19 +187,21 @@ def kd_kernel(parts, term, slope, wide):
                 fill_row(g, np.int64(0), size, math.nan)
             return
 
-        # What the row's sums are for when the sweep is over waits in shared memory: registers are few.
-        scale = weight / load_stored(denominator, np.float64(0))
+        # By one thread, since on many devices float64 takes long; for the others, in shared memory.
+        scale = 0.0
+        if first or two_formulas:
+            scale = weight / load_stored(denominator, np.float64(0))
         if first:
-            shared[0, 0], shared[0, 1], shared[0, 2] = factors_of(
-                scale, alpha, kd_scale, temperature, row_s, row_h, row_t
-            )  # by one thread, since on many devices a division in float64 takes long
-            shared[0, 3], shared[0, 4], shared[0, 5], shared[0, 6] = row_s, row_h, row_t, scale
+            of_s, of_h, of_t = offsets_of(maxima, rates)
+            hard_q, soft_q, soft_p = factors_of(scale, alpha, kd_scale, temperature, row_s, row_h, row_t)
+            shared[1, 0], shared[1, 1], shared[1, 2] = hard_q * of_h, soft_q * of_s, soft_p * of_t
             if hard:  # before the barrier behind which a gradient may take the place of the logits
-                shared[1, 0] = load_real(s[0] + label * s[1], s[2])
+                shared[1, 3] = load_real(s[0] + label * s[1], s[2])
                 if soft:
-                    shared[1, 1] = load_real(t[0] + label * t[1], t[2])
+                    shared[1, 4] = load_real(t[0] + label * t[1], t[2])
+                shared[1, 5] = row_h / of_h
         cuda.syncthreads()
-        factors = (cast(shared[0, 0], like), cast(shared[0, 1], like), cast(shared[0, 2], like))
+        factors = (cast(shared[1, 0], like), cast(shared[1, 1], like), cast(shared[1, 2], like))
         value, undefined = np.float64(0), False
         softmaxes = (np.float64(0), np.float64(0), np.float64(0), np.float64(0), np.float64(0), c)
         if two_formulas:
@@ -210,36 +209,35 @@ def kd_kernel(parts, term, slope, wide):
                 1.0 / row_s, 1.0 / row_t, 1.0 / HEADROOM / temperature, 1.0 / HEADROOM / teacher_temperature,
                 math.log(row_t / row_s), c,
             )  # fmt: skip
-            value, mean = weights_of(s, t, size, maxima, rates, tags, softmaxes, adjacent, whole, like, shared)
+            value, mean = weights_of(s, t, size, maxima, rates, softmaxes, adjacent, whole, like, shared)
             if math.isnan(value):
                 value = math.inf  # in a usable row NaN is 0 * inf: a class of p = 0 < q whose q has underflowed
             undefined = value == math.inf
             _, soft_q, soft_p = factors_of(scale, alpha, kd_scale, temperature, 1.0, 1.0, 1.0)
             factors = (factors[0], cast(soft_q, like), cast(soft_p * mean, like))
-        if undefined:
-            if given(gradient):
-                fill_row(g, np.int64(0), size, math.nan)
-        elif given(gradient) or (soft and not two_formulas):
-            ratio = cast(teacher_temperature / temperature, like)
-            if given(gradient):
-                whole = whole and whole_octets(g) and (adjacent or itemsize(g[2]) != 2)
-            w = spend_row(s, t, g, size, maxima, rates, tags, factors, ratio, softmaxes, adjacent, whole, like, shared)
-            if soft and not two_formulas:
-                value = _forward_kl_from_sums(w, shared[0, 5], shared[0, 3], teacher_temperature)
-            if hard and given(gradient) and first:
-                # Over what the sweep wrote, all of it before the reduction's barriers.
-                x, y = cast(shared[1, 0], like), cast(shared[1, 1], like)
-                z = cast(shared[0, 4], like)
-                of_label, _ = spend_one(cast(0, like), x, y, z, maxima, rates, tags, factors, ratio, softmaxes)
-                store_real(g[0] + label * g[1], of_label, g[2])
-        if first:
+        if first:  # now, since what it takes would take registers from the sweep
             ce, kl = 0.0, 0.0
             if hard:
-                ce = shared[0, 6] * cross_entropy_of(cast(shared[1, 0], like), maxima[0], shared[0, 4])
+                ce = scale * cross_entropy_of(cast(shared[1, 3], like), maxima[0], row_h)
             if soft:
-                kl = shared[0, 6] * kd_scale * value
+                if not two_formulas:
+                    value = _forward_kl_from_sums(w, row_t, row_s, teacher_temperature)
+                kl = scale * kd_scale * value
             write_results(results, i, _kd_loss(ce, kl, alpha), ce, kl)
             report(status, i, UNDEFINED_GRADIENT if undefined else OK, 0)
+        if given(gradient):
+            if undefined:
+                fill_row(g, np.int64(0), size, math.nan)
+            else:
+                whole = whole and whole_octets(g) and (adjacent or itemsize(g[2]) != 2)
+                spend_row(s, t, g, size, maxima, rates, factors, softmaxes, adjacent, whole, like)
+                if hard:
+                    cuda.syncthreads()
+                    if first:  # over what the sweep wrote
+                        x, y = cast(shared[1, 3], like), cast(shared[1, 4], like)
+                        z = cast(shared[1, 5], like)
+                        of_label = spend_one(x, y, z, maxima, rates, factors, softmaxes)
+                        store_real(g[0] + label * g[1], of_label, g[2])
 
     return kernel
 

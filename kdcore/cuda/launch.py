@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 
 from kdcore.cuda import kernels, states
-from kdcore.cuda.distillation import parts_of
+from kdcore.cuda.distillation import parts_of, rates_of
 from kdcore.cuda.groups import PUBLISHED, group_kernel, resident_blocks
 from kdcore.cuda.memory import full, scratch
 from kdcore.cuda.plans import plan_of, require_bfloat16, shared_memory, threads_of
@@ -120,6 +120,7 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
         *map(float, temperatures),
         float(objective.kd_scale),
         np.float64(divergence.parameter),  # NumPy's, so that a formula may divide by 0 in the simulator too
+        rates_of(*temperatures, wide),
         size,
         _like(wide),
         _matrix(gradient),
@@ -135,12 +136,12 @@ def _launch_kd(rows, size, itemsizes, parts, term, slope, wide, arguments, strea
     """A KD call by the kernel that is chosen for the current device."""
     plan = plan_of(size, itemsizes, kernels.most_threads(wide, parts.power == 0), not wide)
     if plan.kernel == "group":
-        counters = full((1 + 2 * rows,), np.int32, 0, stream)
+        counters = full((1 + rows,), np.int32, 0, stream)
         published = scratch((rows, plan.blocks, PUBLISHED), np.float64, stream)
-        arguments = *arguments, plan.blocks, counters.address, _start(published)
-        launch(
-            group_kernel(parts, resident_blocks(shared_memory())), rows * plan.blocks, plan.threads, stream, *arguments
-        )
+        share = -(-size // (8 * plan.blocks)) * 8
+        arguments = *arguments, plan.blocks, share, counters.address, _start(published)
+        kernel = group_kernel(parts, plan.threads, resident_blocks(shared_memory()))
+        launch(kernel, rows * plan.blocks, plan.threads, stream, *arguments)
     else:
         launch(kernels.kd_kernel(parts, term, slope, wide), rows, plan.threads, stream, *arguments)
 
@@ -152,8 +153,8 @@ def state_rows(student, teacher, labels, start, ignore_index, temperature, teach
     parts = parts_of(0.5, temperature)
     wide = needs_float64((student.dtype, teacher.dtype), temperature, teacher_temperature)
     arguments = (
-        _matrix(student), _matrix(teacher), _vector(labels), int(start), int(ignore_index), float(temperature),
-        float(teacher_temperature), size, _like(wide), _start(state),
+        _matrix(student), _matrix(teacher), _vector(labels), int(start), int(ignore_index),
+        rates_of(temperature, teacher_temperature, wide), size, _like(wide), _start(state),
     )  # fmt: skip
     threads = threads_of(size, kernels.most_threads(wide, parts.power == 0))
     launch(states.state_kernel(parts, wide), rows, threads, stream, *arguments)
@@ -192,7 +193,7 @@ def slice_gradient_rows(
     wide = needs_float64((student.dtype, teacher.dtype), *temperatures)
     arguments = (
         _matrix(student), _matrix(teacher), _vector(labels), int(start), _start(state), _start(scale), float(alpha),
-        *map(float, temperatures), float(kd_scale), size, _like(wide), _matrix(gradient),
+        float(temperatures[0]), float(kd_scale), rates_of(*temperatures, wide), size, _like(wide), _matrix(gradient),
     )  # fmt: skip
     threads = threads_of(size, kernels.most_threads(wide, True))
     launch(states.gradient_kernel(parts, wide), rows, threads, stream, *arguments)

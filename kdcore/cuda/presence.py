@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from importlib import import_module
 from typing import Any
 
 from kdcore.errors import DeviceUnavailableError
 
-__all__ = ["available", "devices", "owns", "require"]
+__all__ = ["available", "devices", "import_compiler", "owns", "require"]
 
 
 #: What DLPack calls memory of a CUDA device, and such that host and device share.
@@ -26,16 +27,44 @@ def owns(obj: Any) -> bool:
     return device is not None and device()[0] in _DLPACK_CUDA
 
 
+def import_compiler() -> None:
+    """Import what a first compilation would, with ``numpy.row_stack`` where NumPy has none, and leave NumPy as it was.
+
+    NumPy 2.5 removed it, and numba-cuda, up to 0.30.4 at least, registers what it is in kernels without asking whether
+    it is there: in ``numba.cuda.np.arrayobj``, which the first compilation imports, and which fails there. It is the
+    only such name. (Before 0.25 there is another, which NumPy 2.4 removed; but such a numba-cuda cannot be imported
+    beside a Numba that knows NumPy 2.4.)
+    """
+    import numpy as np
+    from numba import cuda
+
+    if hasattr(np, "row_stack") or getattr(cuda, "implementation", "Built-in") != "NVIDIA":
+        return
+
+    def row_stack(arrays: Any) -> Any:  # not vstack itself, which has a registration of its own
+        return np.vstack(arrays)
+
+    names = vars(np)
+    names["row_stack"] = row_stack
+    try:
+        import_module("numba.cuda.np.arrayobj")
+    finally:
+        names.pop("row_stack", None)  # another thread, doing the same, may have been here
+
+
 @functools.cache
 def available() -> str | None:
     """None if the CUDA engine can run in this process, on a GPU or in Numba's simulator; else why it cannot."""
     try:
         from numba import cuda
         from numba.core import config
-    except ImportError as error:
+
+        if getattr(cuda, "implementation", "Built-in") != "NVIDIA":
+            return "the package numba-cuda is not installed (pip install kdcore[cuda])"
+        if not config.ENABLE_CUDASIM:
+            import_compiler()
+    except (ImportError, AttributeError) as error:  # the latter where numba-cuda asks for what NumPy or Numba removed
         return f"numba.cuda cannot be imported: {error}"
-    if getattr(cuda, "implementation", "Built-in") != "NVIDIA":
-        return "the package numba-cuda is not installed (pip install kdcore[cuda])"
     if config.ENABLE_CUDASIM:
         from numba.cuda.simulator import kernel
 

@@ -8,7 +8,8 @@ An **octet** is eight elements, the unit of all loops over a row: the four class
 Of 16-bit elements b is a + 4, so that they are 16 bytes; of others, two or four times 16 bytes, wherever b is.
 
 - ``device(function)``: the function as a device function, if it uses nothing of ``cuda``
-- ``bind(formula)``: a formula of :mod:`kdcore.formulas` as a device function
+- ``bind(formula)``: a formula of :mod:`kdcore.formulas` as a device function; with ``where=``, or another of the
+  functions that formulas call, it calls that one
 - ``address_of(array)``: of the first element of an array in a kernel
 - ``load_stored(address, tag)``: a number as it is stored, of any integer or float type; ``store_stored(address, x)``
 - ``load_real(address, tag)``, ``store_real(address, x, tag)``: an element as float32 or float64; what is stored is
@@ -24,12 +25,12 @@ Of 16-bit elements b is a + 4, so that they are 16 bytes; of others, two or four
 - ``itemsize(tag)``: the bytes of an element; ``lowest(like)``: the smallest finite number of a type
 - ``to_real(x)``: a number as it is stored as float32 or float64
 - ``cast(x, like)``: x in the type of like
-- ``exp2_scaled(d, (high, low), tag)``: exp2(d (high + low)) for d <= 0, in the type of d; exactly 1 at d = 0. Of a
-  number that was stored in 16 bits, exp2(d high) in float32: the instruction alone, which is what limits those kernels
+- ``exp2(x)``: 2 to the power of x, in the type of x: of float32 the instruction, of which the relative error is 2^-22
+- ``is_single(like)``: whether a number is a float32, which the compiler knows
 - ``maximum(x, y)``: the larger, or the one that is a number
-- ``two_sum(x, y)``: x + y rounded, and what was lost (Knuth)
 - ``log(x)``: of float64; -inf at 0
-- ``add_release(address, n)``: adds to an int32 and returns what was there, after everything that this thread wrote;
+- ``add(address, n)``: adds to an int32 and returns what was there; ``add_release(address, n)`` does so after everything
+  that this thread wrote;
   ``load_acquire(address)`` reads it before everything that follows
 """
 
@@ -41,12 +42,14 @@ from numba.core import config
 __all__ = [
     "SCRATCH",
     "SIMULATOR",
+    "add",
     "add_release",
     "address_of",
     "bind",
     "cast",
     "device",
-    "exp2_scaled",
+    "exp2",
+    "is_single",
     "itemsize",
     "keep_async",
     "keep_words",
@@ -61,13 +64,11 @@ __all__ = [
     "octet_of_words",
     "octet_words",
     "shared_address_of",
-    "split_rate",
     "store_octet",
     "store_real",
     "store_stored",
     "tag_of",
     "to_real",
-    "two_sum",
     "wait_for_copies",
     "words_of_octet",
 ]
@@ -76,12 +77,14 @@ SIMULATOR = bool(config.ENABLE_CUDASIM)
 
 if SIMULATOR:
     from kdcore.cuda.simulated import (
+        add,
         add_release,
         address_of,
         bind,
         cast,
         device,
-        exp2_scaled,
+        exp2,
+        is_single,
         itemsize,
         keep_async,
         keep_words,
@@ -100,18 +103,19 @@ if SIMULATOR:
         store_real,
         store_stored,
         to_real,
-        two_sum,
         wait_for_copies,
         words_of_octet,
     )
 else:
     from kdcore.cuda.hardware import (
+        add,
         add_release,
         address_of,
         bind,
         cast,
         device,
-        exp2_scaled,
+        exp2,
+        is_single,
         itemsize,
         keep_async,
         keep_words,
@@ -130,23 +134,15 @@ else:
         store_real,
         store_stored,
         to_real,
-        two_sum,
         wait_for_copies,
         words_of_octet,
     )
 
 #: Shape of the shared float64 array that reductions of a block need: for each of 32 warps.
-SCRATCH = (5, 32)
+SCRATCH = (7, 32)
 
 
 @cache
 def tag_of(dtype):
     """The tag of elements of a NumPy dtype; remembered, since NumPy puts a dtype's name together each time."""
     return np.uint16(0) if dtype.name == "bfloat16" else dtype.type(0)
-
-
-@device
-def split_rate(rate, like):
-    """A float64 rate as (high, low) in the type of ``like``."""
-    high = cast(rate, like)
-    return high, cast(rate - np.float64(high), like)

@@ -31,6 +31,10 @@ Conventions:
 - ``like``: any float32 or float64 number; vectors are worked in its type. float64 for float64 rows.
 - m is a row's maximum, in the type of ``like``; z the sum of exp((x - m) / T), in float64: NaN for a row with NaN or
   +inf, 0 for a row of -inf alone. :func:`first_bad_class` says where.
+- What turns logits into exponents of 2 has two ways, :class:`Way`. The **quick** one, for rows in float32, is one
+  multiply-add, x c - r with r = m c as it is rounded: an offset which all classes share, and which their sum is freed
+  from in the end. It is no good where m c is large (:func:`is_large`), or where differences of logits overflow. The
+  **careful** one, for those rows and for float64, scales x - m so that nothing overflows, and multiplies by c then.
 - An output row may be the input row itself: a thread reads an element before it writes it, and no other thread reads
   that element any more.
 
@@ -40,6 +44,8 @@ same, bit by bit, whatever the alignment of its row and whatever the rows beside
 """
 
 import math
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda
@@ -51,34 +57,33 @@ from kdcore.cuda.primitives import (
     bind,
     cast,
     device,
-    exp2_scaled,
+    exp2,
+    is_single,
     itemsize,
     load_octet,
     load_real,
     log,
     lowest,
     maximum,
-    split_rate,
     store_octet,
     store_real,
     to_real,
-    two_sum,
 )
 from kdcore.formulas import HEADROOM
 from kdcore.rowstatus import NAN, NO_SUPPORT, POSITIVE_INF
 
 __all__ = [
     "SCRATCH",
-    "add_octet",
+    "Way",
     "block_maxima",
     "block_sums",
     "block_total",
     "carry",
     "condition_of",
     "cross_entropy_of",
-    "exponentials",
     "fill_row",
     "first_bad_class",
+    "is_large",
     "is_usable",
     "largest",
     "log_softmax_row",
@@ -88,12 +93,12 @@ __all__ = [
     "rate_of",
     "row_of",
     "scaled",
-    "shifted",
     "softmax_row",
     "softmax_sums",
     "total",
     "warp_maximum",
     "warp_total",
+    "way_of",
     "whole_octets",
     "write_octet",
 ]
@@ -101,6 +106,12 @@ __all__ = [
 _WARP = 32
 _ALL_LANES = 0xFFFFFFFF
 
+#: Beyond, the rounding of m c is more of an exponent than the quick way bears: 1 / 16.
+_LARGE = 2.0**20
+#: Where the maximum of the quick way begins: low, but so that it overflows with no rate.
+_FLOOR = -(2.0**50)
+
+_exponent = bind(formulas.exponent)
 _scaled_logit = bind(formulas.scaled_logit)
 _rate = bind(formulas.rate)
 _log_softmax = bind(formulas.log_softmax)
@@ -154,54 +165,58 @@ def block_maxima(a, b, shared):
 
 @device
 def carry(sum_, low, part):
-    """(sum_, low) + part, where low gathers what the additions lose."""
-    sum_, lost = two_sum(sum_, part)
-    return sum_, low + lost
+    """(sum_, low) + part, where low is what the additions have lost, to be added with the next part (Kahan)."""
+    part += low
+    grown = sum_ + part
+    return grown, part - (grown - sum_)
 
 
 @cuda.jit(device=True)
-def _warp_sum(sum_, low):
-    """Of a warp, in lane 0."""
-    offset = _WARP // 2
-    while offset > 0:
-        other, other_low = (
-            cuda.shfl_xor_sync(_ALL_LANES, sum_, offset),
-            cuda.shfl_xor_sync(_ALL_LANES, low, offset),
-        )
-        sum_, lost = two_sum(sum_, other)
-        low += other_low + lost
-        offset //= 2
-    return np.float64(sum_) + np.float64(low)
+def _warp_totals(a, b, c, d):
+    """The sums of four float64 over a warp, by 6 shuffles, not 20: of a in lanes 0 to 7, then of c, of b and of d."""
+    lane = cuda.threadIdx.x % _WARP
+    upper = lane >= 16
+    a, b = (b, a) if upper else (a, b)  # a lane keeps a or b, and gives the other to one that keeps that
+    c, d = (d, c) if upper else (c, d)
+    a += cuda.shfl_xor_sync(_ALL_LANES, b, 16)
+    c += cuda.shfl_xor_sync(_ALL_LANES, d, 16)
+    a, c = (c, a) if lane % 16 >= 8 else (a, c)
+    a += cuda.shfl_xor_sync(_ALL_LANES, c, 8)
+    a += cuda.shfl_xor_sync(_ALL_LANES, a, 4)
+    a += cuda.shfl_xor_sync(_ALL_LANES, a, 2)
+    return a + cuda.shfl_xor_sync(_ALL_LANES, a, 1)
 
 
 @cuda.jit(device=True)
-def block_sums(a, a_low, b, b_low, c, c_low, shared):
-    """The sums of a + a_low, b + b_low and c + c_low over the block, in float64, in an order that its size decides."""
-    a_, b_, c_ = _warp_sum(a, a_low), _warp_sum(b, b_low), _warp_sum(c, c_low)
+def block_sums(a, b, c, d, shared):
+    """The sums of four float64 over the block, in an order that its size decides."""
+    # Rows 2 to 5 of the scratch are those of the warps, row 6 is that of the block: so the next call may write the
+    # former before all have read the latter.
     lane, warp = cuda.threadIdx.x % _WARP, cuda.threadIdx.x // _WARP
-    if lane == 0:
-        shared[2, warp] = a_
-        shared[3, warp] = b_
-        shared[4, warp] = c_
+    own = _warp_totals(a, b, c, d)
+    if lane % 8 == 0:
+        shared[2 + lane // 8, warp] = own
     cuda.syncthreads()
-    inside = lane < cuda.blockDim.x // _WARP
-    a_ = shared[2, lane] if inside else 0.0
-    b_ = shared[3, lane] if inside else 0.0
-    c_ = shared[4, lane] if inside else 0.0
-    a_, b_, c_ = warp_total(a_), warp_total(b_), warp_total(c_)
+    if warp == 0:
+        inside = lane < cuda.blockDim.x // _WARP
+        a, c = shared[2, lane] if inside else 0.0, shared[3, lane] if inside else 0.0
+        b, d = shared[4, lane] if inside else 0.0, shared[5, lane] if inside else 0.0
+        own = _warp_totals(a, b, c, d)
+        if lane % 8 == 0:
+            shared[6, lane // 8] = own
     cuda.syncthreads()
-    return a_, b_, c_
+    return shared[6, 0], shared[6, 2], shared[6, 1], shared[6, 3]
 
 
 @cuda.jit(device=True)
 def block_total(x, shared):
-    """The sum of a float64 over the block, infinite where one of them is: the sums of block_sums would be NaN."""
+    """The sum of a float64 over the block."""
     x = warp_total(x)
     lane, warp = cuda.threadIdx.x % _WARP, cuda.threadIdx.x // _WARP
     if lane == 0:
-        shared[2, warp] = x
+        shared[0, warp] = x
     cuda.syncthreads()
-    x = warp_total(shared[2, lane] if lane < cuda.blockDim.x // _WARP else 0.0)
+    x = warp_total(shared[0, lane] if lane < cuda.blockDim.x // _WARP else 0.0)
     cuda.syncthreads()
     return x
 
@@ -212,7 +227,7 @@ def block_total(x, shared):
 @device
 def whole_octets(row):
     """Whether a row can be read and written by 16 bytes."""
-    return row[1] == itemsize(row[2]) and row[0] % 16 == 0
+    return row[1] == itemsize(row[2]) and row[0] & 15 == 0
 
 
 @device
@@ -303,41 +318,127 @@ def scaled(x, m):
 
 
 @device
-def shifted(x, m):
-    """d of an octet."""
-    return (
-        scaled(x[0], m), scaled(x[1], m), scaled(x[2], m), scaled(x[3], m),
-        scaled(x[4], m), scaled(x[5], m), scaled(x[6], m), scaled(x[7], m),
-    )  # fmt: skip
-
-
-@device
-def exponentials(d, rate, tag):
-    """e of an octet."""
-    return (
-        exp2_scaled(d[0], rate, tag), exp2_scaled(d[1], rate, tag), exp2_scaled(d[2], rate, tag),
-        exp2_scaled(d[3], rate, tag), exp2_scaled(d[4], rate, tag), exp2_scaled(d[5], rate, tag),
-        exp2_scaled(d[6], rate, tag), exp2_scaled(d[7], rate, tag),
-    )  # fmt: skip
-
-
-@device
 def rate_of(temperature, like):
-    """What turns d into an exponent of 2, in two parts in the type of ``like``."""
-    return split_rate(_rate(temperature) / HEADROOM, like)
+    """c, what turns x - m into an exponent of 2, in the type of ``like``."""
+    return cast(_rate(temperature), like)
 
 
 @device
-def add_octet(m, z, low, x, rate, tag):
-    """(m, z, low) of the classes so far and of an octet x."""
-    k = largest(x)
-    if k > m:
-        factor = exp2_scaled(scaled(m, k), rate, tag)
-        z *= factor
-        low *= factor
-        m = k
-    z, low = carry(z, low, total(exponentials(shifted(x, m), rate, tag)))
-    return m, z, low
+def is_large(m, c):
+    """Whether a maximum is too large for the quick way."""
+    return not abs(m * c) <= _LARGE
+
+
+class Way(NamedTuple):
+    """Device functions by which logits become exponents of 2; d is what of a logit is relative to r.
+
+    floor(like)         what a maximum begins with
+    place(m, c)         r
+    shift(x, r, c)      d
+    moved(r, to)        what d changes by when r becomes ``to``
+    offset(r, m, c)     the same when r becomes what it would be without rounding, in float64
+    exponent(d, c)      the exponent of 2
+    ratio(ratio)        the student's d is multiplied by that to be like the teacher's
+    unit(unit)          a d of the teacher in logits that are scaled by HEADROOM: HEADROOM / c, or 1
+    """
+
+    floor: Any
+    place: Any
+    shift: Any
+    moved: Any
+    offset: Any
+    exponent: Any
+    ratio: Any
+    unit: Any
+
+
+@device
+def _quick_floor(like):
+    return cast(_FLOOR, like)
+
+
+@device
+def _quick_place(m, c):
+    return m * c
+
+
+@device
+def _quick_shift(x, r, c):
+    return _exponent(x, c, r)
+
+
+@device
+def _quick_moved(r, to):
+    return r - to
+
+
+@device
+def _quick_offset(r, m, c):
+    return np.float64(r) - np.float64(m) * np.float64(c)
+
+
+@device
+def _quick_exponent(d, c):
+    return d
+
+
+@device
+def _quick_ratio(ratio):
+    return cast(1, ratio)
+
+
+@device
+def _quick_unit(unit):
+    return unit
+
+
+@device
+def _careful_floor(like):
+    return cast(lowest(like), like)
+
+
+@device
+def _careful_place(m, c):
+    return m
+
+
+@device
+def _careful_shift(x, r, c):
+    return scaled(x, r)
+
+
+@device
+def _careful_offset(r, m, c):
+    return np.float64(scaled(r, m))
+
+
+@device
+def _careful_exponent(d, c):
+    return d * (c * cast(1.0 / HEADROOM, c))
+
+
+@device
+def _careful_ratio(ratio):
+    return ratio
+
+
+@device
+def _careful_unit(unit):
+    return 1.0
+
+
+@cache
+def way_of(careful: bool) -> Way:
+    """The quick way, or the careful one."""
+    if careful:
+        return Way(
+            _careful_floor, _careful_place, _careful_shift, scaled, _careful_offset, _careful_exponent, _careful_ratio,
+            _careful_unit,
+        )  # fmt: skip
+    return Way(
+        _quick_floor, _quick_place, _quick_shift, _quick_moved, _quick_offset, _quick_exponent, _quick_ratio,
+        _quick_unit,
+    )  # fmt: skip
 
 
 # --- one row -------------------------------------------------------------------------------------------------------
@@ -380,26 +481,66 @@ def is_usable(z):
     return z > 0.0
 
 
+def _sums_of_a_row(careful):
+    """The function that is :func:`softmax_sums` in one of the ways, and the one of an octet's exponentials."""
+    floor, place, shift, moved, offset, exponent, _, _ = way_of(careful)
+
+    @device
+    def exponentials(x, r, c):
+        return (
+            exp2(exponent(shift(x[0], r, c), c)), exp2(exponent(shift(x[1], r, c), c)),
+            exp2(exponent(shift(x[2], r, c), c)), exp2(exponent(shift(x[3], r, c), c)),
+            exp2(exponent(shift(x[4], r, c), c)), exp2(exponent(shift(x[5], r, c), c)),
+            exp2(exponent(shift(x[6], r, c), c)), exp2(exponent(shift(x[7], r, c), c)),
+        )  # fmt: skip
+
+    @device
+    def add_octet(m, r, z, low, x, c):
+        """(m, r, z, low) of the classes so far and of an octet x."""
+        k = largest(x)
+        if k > m:
+            to = place(k, c)
+            factor = exp2(exponent(moved(r, to), c))
+            m, r = k, to
+            z *= factor
+            low *= factor
+        z, low = carry(z, low, total(exponentials(x, r, c)))
+        return m, r, z, low
+
+    @cuda.jit(device=True)
+    def sums(row, size, c, like, shared):
+        m, z, low = floor(like), cast(0, like), cast(0, like)
+        r = place(m, c)
+        a, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, itemsize(row[2]) == 2)
+        step = 8 * cuda.blockDim.x
+        if whole_octets(row):
+            while a + gap + 4 <= size:
+                m, r, z, low = add_octet(m, r, z, low, octet_of(row, a, a + gap, size, True, like), c)
+                a += step
+        while a < size:
+            m, r, z, low = add_octet(m, r, z, low, octet_of(row, a, a + gap, size, False, like), c)
+            a += step
+        m_row, _ = block_maxima(m, m, shared)
+        factor = exp2(cast(exponent(offset(r, m_row, c), np.float64(c)), like))
+        z_row, _, _, _ = block_sums((np.float64(z) + np.float64(low)) * np.float64(factor), 0.0, 0.0, 0.0, shared)
+        return m_row, z_row
+
+    return sums, exponentials
+
+
+_quick_sums, _quick_exponentials = _sums_of_a_row(careful=False)
+_careful_sums, _careful_exponentials = _sums_of_a_row(careful=True)
+
+
 @cuda.jit(device=True)
 def softmax_sums(row, size, temperature, like, shared):
     """(m, z) of a row of ``size`` classes."""
-    rate = rate_of(temperature, like)
-    m, z, low = cast(lowest(like), like), cast(0, like), cast(0, like)
-    adjacent = itemsize(row[2]) == 2
-    a, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
-    step = 8 * cuda.blockDim.x
-    if whole_octets(row):
-        while a + gap + 4 <= size:
-            m, z, low = add_octet(m, z, low, octet_of(row, a, a + gap, size, True, like), rate, row[2])
-            a += step
-    while a < size:
-        m, z, low = add_octet(m, z, low, octet_of(row, a, a + gap, size, False, like), rate, row[2])
-        a += step
-    m_row, _ = block_maxima(m, m, shared)
-    factor = exp2_scaled(scaled(m, m_row), rate, row[2])
-    zero = cast(0, like)
-    z_row, _, _ = block_sums(z * factor, low * factor, zero, zero, zero, zero, shared)
-    return m_row, z_row
+    c = rate_of(temperature, like)
+    if is_single(like):
+        m, z = _quick_sums(row, size, c, like, shared)
+        if is_usable(z) and not is_large(m, c):
+            return m, z
+    return _careful_sums(row, size, c, like, shared)
 
 
 @device
@@ -415,8 +556,7 @@ def cross_entropy_of(x, m, z):
 
 
 @device
-def _softmax_octet(x, m, factor, rate, tag):
-    e = exponentials(shifted(x, m), rate, tag)
+def _times(e, factor):
     return (
         e[0] * factor, e[1] * factor, e[2] * factor, e[3] * factor,
         e[4] * factor, e[5] * factor, e[6] * factor, e[7] * factor,
@@ -424,18 +564,27 @@ def _softmax_octet(x, m, factor, rate, tag):
 
 
 @device
-def _log_softmax_octet(x, m, inverse, log_z, tag):
-    d = shifted(x, m)
+def _quick_softmax_octet(x, r, factor, c):
+    return _times(_quick_exponentials(x, r, c), factor)
+
+
+@device
+def _careful_softmax_octet(x, r, factor, c):
+    return _times(_careful_exponentials(x, r, c), factor)
+
+
+@device
+def _log_softmax_octet(x, m, inverse, log_z):
     return (
-        _log_softmax(d[0], inverse, log_z), _log_softmax(d[1], inverse, log_z),
-        _log_softmax(d[2], inverse, log_z), _log_softmax(d[3], inverse, log_z),
-        _log_softmax(d[4], inverse, log_z), _log_softmax(d[5], inverse, log_z),
-        _log_softmax(d[6], inverse, log_z), _log_softmax(d[7], inverse, log_z),
+        _log_softmax(scaled(x[0], m), inverse, log_z), _log_softmax(scaled(x[1], m), inverse, log_z),
+        _log_softmax(scaled(x[2], m), inverse, log_z), _log_softmax(scaled(x[3], m), inverse, log_z),
+        _log_softmax(scaled(x[4], m), inverse, log_z), _log_softmax(scaled(x[5], m), inverse, log_z),
+        _log_softmax(scaled(x[6], m), inverse, log_z), _log_softmax(scaled(x[7], m), inverse, log_z),
     )  # fmt: skip
 
 
 def _row_writer(octet):
-    """The function that writes a row by octets, each from octet(x, m, a, b, tag)."""
+    """The function that writes a row by octets, each from octet(x, m, first, second)."""
 
     @cuda.jit(device=True)
     def write(row, size, m, first, second, like, out):
@@ -447,24 +596,31 @@ def _row_writer(octet):
         a = start + (size - 1 - start) // step * step
         while a >= 0 and not (whole_out and a + gap + 4 <= size):
             x = octet_of(row, a, a + gap, size, False, like)
-            write_octet(out, a, a + gap, size, False, octet(x, m, first, second, row[2]))
+            write_octet(out, a, a + gap, size, False, octet(x, m, first, second))
             a -= step
         while a >= 0:
             x = octet_of(row, a, a + gap, size, True, like)
-            write_octet(out, a, a + gap, size, True, octet(x, m, first, second, row[2]))
+            write_octet(out, a, a + gap, size, True, octet(x, m, first, second))
             a -= step
 
     return write
 
 
-_write_softmax = _row_writer(_softmax_octet)
+_write_softmax_quickly = _row_writer(_quick_softmax_octet)
+_write_softmax_carefully = _row_writer(_careful_softmax_octet)
 _write_log_softmax = _row_writer(_log_softmax_octet)
 
 
 @device
 def softmax_row(row, size, m, z, temperature, like, out):
     """The row ``out`` becomes softmax(x / T), from the sums of x."""
-    _write_softmax(row, size, m, cast(1.0 / z, like), rate_of(temperature, like), like, out)
+    c, factor = rate_of(temperature, like), cast(1.0 / z, like)
+    if is_single(like) and not is_large(m, c):
+        r = _quick_place(m, c)
+        factor *= exp2(cast(_quick_offset(r, m, c), like))
+        _write_softmax_quickly(row, size, r, factor, c, like, out)
+    else:
+        _write_softmax_carefully(row, size, m, factor, c, like, out)
 
 
 @device

@@ -29,9 +29,15 @@ def _exprel(x):
     return np.where(x == 0, type(x)(1), np.expm1(x) / x)[()]
 
 
-def bind(formula):
+def _fma(x, y, z):
+    """With one rounding: in double the precision, where the product is exact."""
+    wider = np.longdouble if isinstance(x, np.float64) else np.float64
+    return type(x)(wider(x) * wider(y) + wider(z))
+
+
+def bind(formula, **others):
     # math.log and math.exp raise errors where a device gives an infinity or NaN.
-    function = bound(formula, {"log": np.log, "exp": np.exp, "exprel": _exprel})
+    function = bound(formula, {"fma": _fma, "log": np.log, "exp": np.exp, "exprel": _exprel, **others})
     return functools.wraps(formula)(function)
 
 
@@ -52,8 +58,8 @@ class Address:
     def __add__(self, offset):
         return Address(self.memory, self.start, self.at + int(offset))
 
-    def __mod__(self, n):
-        return self.at % n
+    def __and__(self, bits):
+        return self.at & bits
 
     def __int__(self):
         return self.at
@@ -139,6 +145,9 @@ def add_release(address, value):
     return before
 
 
+add = add_release
+
+
 def load_acquire(address):
     with _atomic:
         return int(address.bytes(4).view(np.int32)[0])
@@ -217,6 +226,10 @@ def itemsize(tag):
     return tag.dtype.itemsize
 
 
+def is_single(like):
+    return isinstance(like, np.float32)
+
+
 def lowest(like):
     return np.finfo(like.dtype).min
 
@@ -230,15 +243,3 @@ def log(x):
 
 exp2 = np.exp2
 maximum = np.fmax
-
-
-def exp2_scaled(d, rate, tag):
-    if isinstance(d, np.float32) and isinstance(tag, np.float16 | np.uint16):
-        return np.exp2(d * rate[0])
-    return type(d)(np.exp2(np.float64(d) * (np.float64(rate[0]) + np.float64(rate[1]))))
-
-
-def two_sum(x, y):
-    s = x + y
-    z = s - x
-    return s, (x - (s - z)) + (y - z)

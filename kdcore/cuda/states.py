@@ -11,7 +11,6 @@ import numpy as np
 from numba import cuda, float64
 
 from kdcore import formulas
-from kdcore.cuda.distillation import stages
 from kdcore.cuda.kernels import factors_of, given, kernel_of, label_at, most_threads, row_at, weight_at, write_results
 from kdcore.cuda.primitives import bind, cast, device, itemsize, load_real, load_stored, store_real, store_stored
 from kdcore.cuda.rows import SCRATCH, fill_row, is_usable, whole_octets
@@ -44,11 +43,10 @@ def _set(state, i, column, value):
 @cache
 def state_kernel(parts, wide):
     """The kernel of a slice's states, for an objective with both parts; one block a row."""
-    rates_of = stages(parts).rates
-    sums_of, _, spend_row = sweeps(parts)
+    sums_of = sweeps(parts, wide).sums_of
 
     @kernel_of(most_threads(wide, parts.power == 0))
-    def kernel(student, teacher, labels, start, ignore_index, temperature, teacher_temperature, size, like, state):
+    def kernel(student, teacher, labels, start, ignore_index, rates, size, like, state):
         """The slice's first class is ``start`` of the vocabulary. Of a masked row, the state of no classes."""
         shared = cuda.shared.array(SCRATCH, float64)
         i = np.int64(cuda.blockIdx.x)
@@ -62,19 +60,9 @@ def state_kernel(parts, wide):
                 for column in (_Z_H, _Z_S, _Z_T, _W):
                     _set(state, i, column, 0.0)
             return
-        tags = s[2], t[2]
-        rates = rates_of(temperature, teacher_temperature, like)
         adjacent = itemsize(s[2]) == 2 or itemsize(t[2]) == 2
         whole = whole_octets(s) and whole_octets(t)
-        maxima, z_s, z_h, z_t = sums_of(s, t, size, rates, tags, adjacent, whole, like, shared)
-        zero = cast(0, like)
-        ratio = cast(teacher_temperature / temperature, like)
-        nowhere = np.int64(0), s[1], s[2]
-        softmaxes = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-        w = spend_row(
-            s, t, nowhere, size, maxima, rates, tags, (zero, zero, zero), ratio, softmaxes, adjacent, whole, like,
-            shared,
-        )  # fmt: skip
+        maxima, z_s, z_h, z_t, w = sums_of(s, t, size, rates, adjacent, whole, like, shared)
         if first:
             _set(state, i, _M_S, -math.inf if z_s == 0.0 else np.float64(maxima[0]))
             _set(state, i, _M_T, -math.inf if z_t == 0.0 else np.float64(maxima[1]))
@@ -168,15 +156,12 @@ def finish_kernel(state, scale, rows, alpha, kd_scale, teacher_temperature, resu
 def gradient_kernel(parts, wide):
     """The kernel of the gradient of a slice's logits, from the states of whole rows; one block a row."""
     soft, hard, _ = parts
-    rates_of, _, _, _, _, spend_one = stages(parts)
-    spend_row = sweeps(parts).spend_row
+    _, _, offsets_of, spend_row, spend_one = sweeps(parts, wide)
 
     @kernel_of(most_threads(wide, True))  # with 64 registers it spills
     def kernel(
-        student, teacher, labels, start, state, scale, alpha, temperature, teacher_temperature, kd_scale, size, like,
-        gradient,
+        student, teacher, labels, start, state, scale, alpha, temperature, kd_scale, rates, size, like, gradient,
     ):  # fmt: skip
-        shared = cuda.shared.array(SCRATCH, float64)
         i = np.int64(cuda.blockIdx.x)
         s, t, g = row_at(student, i), row_at(teacher, i), row_at(gradient, i)
         scale_i = load_stored(scale + 8 * i, np.float64(0))
@@ -187,8 +172,6 @@ def gradient_kernel(parts, wide):
         if not (is_usable(z_h) and (not soft or (is_usable(z_s) and is_usable(z_t)))):
             fill_row(g, np.int64(0), size, math.nan)
             return
-        tags = s[2], t[2]
-        rates = rates_of(temperature, teacher_temperature, like)
         adjacent = itemsize(s[2]) == 2 or (soft and itemsize(t[2]) == 2)
         whole = whole_octets(s) and (not soft or whole_octets(t))
         whole = whole and whole_octets(g) and (adjacent or itemsize(g[2]) != 2)
@@ -201,16 +184,17 @@ def gradient_kernel(parts, wide):
             if soft:
                 y = cast(load_real(t[0] + label * t[1], t[2]), like)
         cuda.syncthreads()  # before a gradient may take the place of the label's logit
-        zero = cast(0, like)
         if not soft:
             z_s, z_t = 1.0, 1.0
+        of_s, of_h, of_t = offsets_of(maxima, rates)
         hard_q, soft_q, soft_p = factors_of(scale_i, alpha, kd_scale, temperature, z_s, z_h, z_t)
-        factors = cast(hard_q, like), cast(soft_q, like), cast(soft_p, like)
-        ratio = cast(teacher_temperature / temperature, like)
+        factors = cast(hard_q * of_h, like), cast(soft_q * of_s, like), cast(soft_p * of_t, like)
         softmaxes = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-        spend_row(s, t, g, size, maxima, rates, tags, factors, ratio, softmaxes, adjacent, whole, like, shared)
-        if own and cuda.threadIdx.x == 0:
-            of_label, _ = spend_one(zero, x, y, cast(z_h, like), maxima, rates, tags, factors, ratio, softmaxes)
-            store_real(g[0] + label * g[1], of_label, g[2])
+        spend_row(s, t, g, size, maxima, rates, factors, softmaxes, adjacent, whole, like)
+        if own:
+            cuda.syncthreads()
+            if cuda.threadIdx.x == 0:  # over what the sweep wrote
+                of_label = spend_one(x, y, cast(z_h / of_h, like), maxima, rates, factors, softmaxes)
+                store_real(g[0] + label * g[1], of_label, g[2])
 
     return kernel

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cuda
 
-from kdcore.cuda.distillation import no_sums, stages
-from kdcore.cuda.primitives import cast, device
-from kdcore.cuda.rows import block_maxima, block_sums, block_total, carry, octet_of, octets_of, write_octet
+from kdcore.cuda.distillation import questions, stages
+from kdcore.cuda.primitives import device
+from kdcore.cuda.rows import block_maxima, block_sums, block_total, octet_of, octets_of, write_octet
 
 __all__ = ["Sweeps", "sweeps"]
 
@@ -17,101 +17,159 @@ class Sweeps(NamedTuple):
     """Of rows s and t of ``size`` classes; ``adjacent`` as for :func:`kdcore.cuda.rows.octets_of`.
 
     ``whole``: whether all rows that a sweep reads and writes can be by 16 bytes. The other arguments are those of the
-    stages.
+    stages. Rows that are to be worked in float32 are so quickly at first, then, where that is no good, with care.
     """
 
     sums_of: Any
     weights_of: Any
+    offsets_of: Any
     spend_row: Any
+    spend_one: Any
 
 
 @cache
-def sweeps(parts: Any, term: Any = None, slope: Any = None) -> Sweeps:
-    """The sweeps of an objective's parts, with forward KL or a divergence by its two formulas."""
-    soft = parts.soft
-    two_formulas = term is not None
-    _, gather, settle, weigh, spend, _ = stages(parts, term, slope)
+def sweeps(parts: Any, wide: bool, term: Any = None, slope: Any = None) -> Sweeps:
+    """The sweeps of an objective's parts, with forward KL or a divergence by its two formulas.
 
-    @cuda.jit(device=True)
-    def thread_sums(s, t, size, rates, tags, adjacent, whole, like):
-        """A thread's sums."""
-        sums = no_sums(like)
-        a, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
-        step = 8 * cuda.blockDim.x
-        if whole:
-            while a + gap + 4 <= size:
-                x = octet_of(s, a, a + gap, size, True, like)
+    ``wide``: whether the rows are to be worked in float64; by two formulas they always are.
+    """
+    soft = parts.soft
+    large, no_good = questions(parts)
+    careful_stages = stages(parts, True, term, slope)
+
+    def gathering(careful):
+        """The function that returns a row's maxima and sums by one of the ways."""
+        no_sums, gather, settle, unit = stages(parts, careful, term, slope)[:4]
+        by_16_bytes = wide or not careful  # rows that need care are few
+
+        @cuda.jit(device=True)
+        def thread_sums(s, t, size, rates, adjacent, whole, like):
+            sums = no_sums(rates, like)
+            a, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
+            step = 8 * cuda.blockDim.x
+            if by_16_bytes and whole:
+                while a + gap + 4 <= size:
+                    x = octet_of(s, a, a + gap, size, True, like)
+                    y = x
+                    if soft:
+                        y = octet_of(t, a, a + gap, size, True, like)
+                    sums = gather(sums, x, y, rates)
+                    a += step
+            while a < size:
+                x = octet_of(s, a, a + gap, size, False, like)
                 y = x
                 if soft:
-                    y = octet_of(t, a, a + gap, size, True, like)
-                sums = gather(sums, x, y, rates, tags)
+                    y = octet_of(t, a, a + gap, size, False, like)
+                sums = gather(sums, x, y, rates)
                 a += step
-        while a < size:
-            x = octet_of(s, a, a + gap, size, False, like)
-            y = x
-            if soft:
-                y = octet_of(t, a, a + gap, size, False, like)
-            sums = gather(sums, x, y, rates, tags)
-            a += step
-        return sums
+            return sums
 
-    @device
-    def sums_of(s, t, size, rates, tags, adjacent, whole, like, shared):
-        """(maxima, z_s, z_h, z_t) of the rows; z_s or z_t is NaN or 0 where they cannot be used."""
-        sums = thread_sums(s, t, size, rates, tags, adjacent, whole, like)
-        maxima = block_maxima(sums[0], sums[5], shared)
-        z_s, low_s, z_h, low_h, z_t, low_t = settle(sums, maxima, rates, tags)
-        z_s, z_h, z_t = block_sums(z_s, low_s, z_h, low_h, z_t, low_t, shared)
-        return maxima, z_s, z_h, z_t
+        @device
+        def attempt(s, t, size, rates, adjacent, whole, like, shared):
+            sums = thread_sums(s, t, size, rates, adjacent, whole, like)
+            maxima = block_maxima(sums[0], sums[6], shared)
+            z_s, z_h, z_t, w = settle(sums, maxima, rates, like)
+            z_s, z_h, z_t, w = block_sums(z_s, z_h, z_t, w, shared)
+            return maxima, z_s, z_h, z_t, w * unit(rates[4])
+
+        return attempt
+
+    with_care = gathering(careful=True)
+    if wide:
+        sums_of = with_care
+    else:
+        quickly = gathering(careful=False)
+
+        @device
+        def sums_of(s, t, size, rates, adjacent, whole, like, shared):
+            """(maxima, z_s, z_h, z_t, w) of the rows; z_s or z_t is NaN or 0 where they cannot be used."""
+            maxima, z_s, z_h, z_t, w = quickly(s, t, size, rates, adjacent, whole, like, shared)
+            if no_good(maxima, z_s, z_t, w, rates):
+                maxima, z_s, z_h, z_t, w = with_care(s, t, size, rates, adjacent, whole, like, shared)
+            return maxima, z_s, z_h, z_t, w
+
+    weigh, references_of = careful_stages.weigh, careful_stages.references
 
     @cuda.jit(device=True)
-    def weights_of(s, t, size, maxima, rates, tags, softmaxes, adjacent, whole, like, shared):
+    def weights_of(s, t, size, maxima, rates, softmaxes, adjacent, whole, like, shared):
         """(value, mean): the sums of terms and of slopes."""
         value, mean = np.float64(0), np.float64(0)
+        references = references_of(maxima, rates)
         a, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
         step = 8 * cuda.blockDim.x
         while a < size:
             inside = whole and a + gap + 4 <= size
             x = octet_of(s, a, a + gap, size, inside, like)
             y = octet_of(t, a, a + gap, size, inside, like)
-            value, mean = weigh(value, mean, x, y, a, a + gap, size, maxima, rates, tags, softmaxes)
+            value, mean = weigh(value, mean, x, y, a, a + gap, size, references, rates, softmaxes)
             a += step
         return block_total(value, shared), block_total(mean, shared)
 
+    def spending(careful):
+        """The function that writes a row's gradient by one of the ways."""
+        of_way = stages(parts, careful, term, slope)
+        references_of, spend = of_way.references, of_way.spend
+        by_16_bytes = wide or not careful
+
+        @device
+        def spend_octet(s, t, g, a, b, size, references, rates, factors, softmaxes, whole, like):
+            x = octet_of(s, a, b, size, whole, like)
+            y = x
+            if soft:
+                y = octet_of(t, a, b, size, whole, like)
+            write_octet(g, a, b, size, whole, spend(x, y, references, rates, factors, softmaxes))
+
+        @cuda.jit(device=True)
+        def spend_row(s, t, g, size, maxima, rates, factors, softmaxes, adjacent, whole, like):
+            references = references_of(maxima, rates)
+            start, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
+            step = 8 * cuda.blockDim.x
+            # Backwards, because the last classes were read last and are still in the cache.
+            a = start + (size - 1 - start) // step * step
+            while a >= 0 and not (by_16_bytes and whole and a + gap + 4 <= size):
+                spend_octet(s, t, g, a, a + gap, size, references, rates, factors, softmaxes, False, like)
+                a -= step
+            if by_16_bytes:
+                while a >= 0:
+                    spend_octet(s, t, g, a, a + gap, size, references, rates, factors, softmaxes, True, like)
+                    a -= step
+
+        return spend_row
+
+    spend_with_care, offsets_with_care = spending(careful=True), careful_stages.offsets
+    spend_one_with_care = careful_stages.spend_one
+    if wide:
+
+        @device
+        def spend_one(x, y, above_one, maxima, rates, factors, softmaxes):
+            return spend_one_with_care(x, y, above_one, references_of(maxima, rates), rates, factors, softmaxes)
+
+        return Sweeps(sums_of, weights_of, offsets_with_care, spend_with_care, spend_one)
+
+    quick_stages = stages(parts, False)
+    spend_quickly, offsets_quickly = spending(careful=False), quick_stages.offsets
+    quick_references_of, spend_one_quickly = quick_stages.references, quick_stages.spend_one
+
     @device
-    def spend_octet(w, low, s, t, g, a, b, size, maxima, rates, tags, factors, ratio, softmaxes, whole, like):
-        """The gradient of an octet is written; (w, low) and its part of the moment."""
-        x = octet_of(s, a, b, size, whole, like)
-        y = x
-        if soft:
-            y = octet_of(t, a, b, size, whole, like)
-        z, part = spend(x, y, maxima, rates, tags, factors, ratio, softmaxes)
-        if g[0] != 0:
-            write_octet(g, a, b, size, whole, z)
-        if soft and not two_formulas:
-            w, low = carry(w, low, part)
-        return w, low
+    def offsets_of(maxima, rates):
+        """(of e_s, e_h, e_t) what exponentials are to be multiplied by to be relative to the maxima, in float64."""
+        return offsets_with_care(maxima, rates) if large(maxima, rates) else offsets_quickly(maxima, rates)
 
-    @cuda.jit(device=True)
-    def spend_row(s, t, g, size, maxima, rates, tags, factors, ratio, softmaxes, adjacent, whole, like, shared):
-        """The gradient is written, if g has an address, but for what the label adds; w is forward KL's moment."""
-        w, low = cast(0, like), cast(0, like)
-        start, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
-        step = 8 * cuda.blockDim.x
-        # Backwards, because the last classes were read last and are still in the cache.
-        a = start + (size - 1 - start) // step * step
-        while a >= 0 and not (whole and a + gap + 4 <= size):
-            w, low = spend_octet(
-                w, low, s, t, g, a, a + gap, size, maxima, rates, tags, factors, ratio, softmaxes, False, like
-            )
-            a -= step
-        while a >= 0:
-            w, low = spend_octet(
-                w, low, s, t, g, a, a + gap, size, maxima, rates, tags, factors, ratio, softmaxes, True, like
-            )
-            a -= step
-        zero = cast(0, like)
-        w_row, _, _ = block_sums(w, low, zero, zero, zero, zero, shared)
-        return w_row
+    @device
+    def spend_row(s, t, g, size, maxima, rates, factors, softmaxes, adjacent, whole, like):
+        """The gradient is written, but for what the label adds."""
+        if large(maxima, rates):
+            spend_with_care(s, t, g, size, maxima, rates, factors, softmaxes, adjacent, whole, like)
+        else:
+            spend_quickly(s, t, g, size, maxima, rates, factors, softmaxes, adjacent, whole, like)
 
-    return Sweeps(sums_of, weights_of, spend_row)
+    @device
+    def spend_one(x, y, above_one, maxima, rates, factors, softmaxes):
+        """The gradient of one class; ``above_one`` = z_h over its offset, if it is the label."""
+        if large(maxima, rates):
+            references = references_of(maxima, rates)
+            return spend_one_with_care(x, y, above_one, references, rates, factors, softmaxes)
+        references = quick_references_of(maxima, rates)
+        return spend_one_quickly(x, y, above_one, references, rates, factors, softmaxes)
+
+    return Sweeps(sums_of, weights_of, offsets_of, spend_row, spend_one)

@@ -48,18 +48,23 @@ def vector(tag):
     return nb.Tuple((nb.int64, nb.int64, tag))
 
 
+def rates(like):
+    return nb.Tuple((like, like, like, like, nb.float64, nb.float64))
+
+
 def kd_signature(student, teacher, gradient, wide=False, labels=nb.int64, weights=nb.float64):
     """Of ``kernels.kd_kernel``; the first three are names of dtypes."""
     return (
         matrix(STORED[student]), matrix(STORED[teacher]), vector(labels), vector(weights), nb.int64, nb.int64,
-        nb.float64, nb.float64, nb.float64, nb.float64, nb.float64, nb.int64, _LIKE[wide], matrix(STORED[gradient]),
+        nb.float64, nb.float64, nb.float64, nb.float64, nb.float64, rates(_LIKE[wide]), nb.int64,
+        _LIKE[wide], matrix(STORED[gradient]),
         nb.UniTuple(nb.int64, 3), nb.int64,
     )  # fmt: skip
 
 
 def group_signature(student, teacher, gradient, labels=nb.int64, weights=nb.float64):
     """Of ``groups.group_kernel``."""
-    return *kd_signature(student, teacher, gradient, False, labels, weights), nb.int64, nb.int64, nb.int64
+    return *kd_signature(student, teacher, gradient, False, labels, weights), *(nb.int64,) * 4
 
 
 def row_signature(stored, out, wide=False):
