@@ -82,8 +82,9 @@ class Questions(NamedTuple):
 class Stages(NamedTuple):
     """Device functions of one row's octets; see :func:`stages`."""
 
-    no_sums: Any
-    gather: Any
+    sums_at: Any
+    raise_maxima: Any
+    add_octet: Any
     settle: Any
     unit: Any
     references: Any
@@ -147,7 +148,7 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
     two_formulas = term is not None
     if two_formulas:
         term, slope = bind(term), bind(slope)
-    floor, place, shift, moved, offset, exponent, ratio_of, unit = way_of(careful)
+    _, place, shift, moved, offset, exponent, ratio_of, unit = way_of(careful)
 
     @device
     def shifts(x, r, c):
@@ -208,14 +209,20 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
             return square * square
 
     @device
-    def no_sums(rates, like):
-        """The sums of no classes."""
-        m, zero = floor(like), cast(0, like)
-        return m, place(m, rates[0]), zero, zero, zero, zero, m, place(m, rates[1]), zero, zero, zero, zero
+    def sums_at(maxima, rates):
+        """The sums of no classes, relative to maxima."""
+        m_s, m_t = maxima
+        zero = cast(0, m_s)
+        return m_s, place(m_s, rates[0]), zero, zero, zero, zero, m_t, place(m_t, rates[1]), zero, zero, zero, zero
 
     @device
-    def raise_maxima(sums, top_s, top_t, rates):
-        """The sums relative to maxima that are at least their own."""
+    def raise_maxima(sums, x, y, rates):
+        """The sums relative to maxima that are at least those of an octet."""
+        top_s, top_t = maximum(sums[0], largest(x)), sums[6]
+        if soft:
+            top_t = maximum(sums[6], largest(y))
+        if not (top_s > sums[0] or top_t > sums[6]):
+            return sums
         m_s, r_s, z_s, low_s, z_h, low_h, _, r_t, z_t, low_t, w, low_w = sums
         to_s, to_t = place(top_s, rates[0]), place(top_t, rates[1])
         d_s, d_t = moved(r_s, to_s), moved(r_t, to_t)
@@ -236,13 +243,8 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
         return top_s, to_s, z_s, low_s, z_h, low_h, top_t, to_t, z_t, low_t, w, low_w
 
     @device
-    def gather(sums, x, y, rates):
-        """The sums of the classes so far and of an octet."""
-        k_s, k_t = largest(x), sums[6]
-        if soft:
-            k_t = largest(y)
-        if k_s > sums[0] or k_t > sums[6]:
-            sums = raise_maxima(sums, maximum(sums[0], k_s), maximum(sums[6], k_t), rates)
+    def add_octet(sums, x, y, rates):
+        """The sums of the classes so far and of an octet, of which no class is above the maxima."""
         m_s, r_s, z_s, low_s, z_h, low_h, m_t, r_t, z_t, low_t, w, low_w = sums
         d = shifts(x, r_s, rates[0])
         e = exponentials(d, rates[0])
@@ -382,4 +384,4 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
             spend_one(x[7], y[7], zero, references, rates, factors, softmaxes),
         )
 
-    return Stages(no_sums, gather, settle, unit, references, offsets, weigh, spend, spend_one)
+    return Stages(sums_at, raise_maxima, add_octet, settle, unit, references, offsets, weigh, spend, spend_one)

@@ -15,7 +15,7 @@ import math
 from functools import cache
 
 import numpy as np
-from numba import cuda, float64, int32, uint32
+from numba import cuda, float64, int64, uint32
 
 from kdcore import formulas
 from kdcore.cuda.distillation import questions, rebase_of, stages
@@ -43,6 +43,8 @@ from kdcore.cuda.primitives import (
     load_acquire,
     load_real,
     load_stored,
+    lowest,
+    maxima_of_words,
     maximum,
     octet_of_words,
     shared_address_of,
@@ -60,6 +62,7 @@ from kdcore.cuda.rows import (
     fill_row,
     first_bad_class,
     is_usable,
+    largest,
     octet_of,
     warp_maximum,
     warp_total,
@@ -69,16 +72,24 @@ from kdcore.cuda.rows import (
 from kdcore.cuda.sweeps import sweeps
 from kdcore.rowstatus import OK, STUDENT, TEACHER
 
-__all__ = ["MOST_BLOCKS", "MOST_THREADS", "PUBLISHED", "group_kernel", "octets_per_thread", "resident_blocks"]
+__all__ = [
+    "MOST_BLOCKS",
+    "MOST_THREADS",
+    "PUBLISHED",
+    "group_kernel",
+    "octets_per_thread",
+    "resident_blocks",
+    "share_of",
+]
 
 #: Blocks of a row at most.
 MOST_BLOCKS = 64
 PUBLISHED = 8
 _WARP = 32
 
-#: Threads of a block, and bytes of both rows that it keeps: 5 octets a thread of float32, 10 of 16-bit types.
+#: Threads of a block, and bytes of both rows that it keeps: 4 octets a thread of float32, 8 of 16-bit types.
 MOST_THREADS = 128
-_KEPT = 5 * MOST_THREADS * 64
+_KEPT = 4 * MOST_THREADS * 64
 _WORDS_KEPT = _KEPT // 4
 
 _kd_loss = bind(formulas.kd_loss)
@@ -90,9 +101,15 @@ def octets_per_thread(threads, student_itemsize, teacher_itemsize):
     return _KEPT // (8 * (student_itemsize + teacher_itemsize) * threads)
 
 
+def share_of(size, blocks, threads, student_itemsize, teacher_itemsize):
+    """Classes of a slice: of 16-bit rows any multiple of 8, of others such that only a row's last slice has a rest."""
+    unit = 8 if 2 in (student_itemsize, teacher_itemsize) else 8 * threads
+    return -(-size // (unit * blocks)) * unit
+
+
 def resident_blocks(shared_memory):
-    """Blocks that are to share a multiprocessor with so many bytes of shared memory."""
-    return min(5, shared_memory // (_KEPT + (3 << 10)))
+    """Blocks that are to share a multiprocessor with so many bytes of shared memory: of more, registers would spill."""
+    return min(6, shared_memory // (_KEPT + (3 << 10)))
 
 
 @cache
@@ -130,7 +147,7 @@ def group_kernel(parts, threads, resident):
 
     @cuda.jit(device=True)
     def keep_slice(s, t, octets, end, share, words, whole, like):
-        """A slice of both rows is kept, with -inf beyond its end."""
+        """A slice of both rows is kept, with -inf beyond its end, after ``wait_for_copies``."""
         start, gap, inside, count = octets
         place_s, place_t, next_s, next_t = places_of(words, share, (s[2], t[2]))
         quick = inside if whole else np.int32(0)
@@ -150,7 +167,6 @@ def group_kernel(parts, threads, resident):
             if soft:
                 keep_words(place_t, half, words_of_octet(octet_of(t, a, a + gap, end, False, like), t[2]), t[2])
                 place_t += next_t
-        wait_for_copies()
 
     @device
     def kept(place_s, place_t, tags):
@@ -161,27 +177,57 @@ def group_kernel(parts, threads, resident):
             y = octet_of_words(kept_words(place_t, half, tags[1]), tags[1])
         return x, y
 
+    @cuda.jit(device=True)
+    def maxima_of(octets, share, words, tags, like, shared):
+        """The maxima of a slice, which is kept."""
+        place_s, place_t, next_s, next_t = places_of(words, share, tags)
+        none = cast(-math.inf, like)
+        low = none, none, none, none, none, none, none, none
+        top_s, top_t = words_of_octet(low, tags[0]), words_of_octet(low, tags[1])
+        for _ in range(octets[3]):
+            top_s = maxima_of_words(top_s, kept_words(place_s, half, tags[0]), tags[0])
+            place_s += next_s
+            if soft:
+                top_t = maxima_of_words(top_t, kept_words(place_t, half, tags[1]), tags[1])
+                place_t += next_t
+        m_s, m_t = largest(octet_of_words(top_s, tags[0])), largest(octet_of_words(top_t, tags[1]))
+        # Of a slice without support, a number that scaled logits may be relative to.
+        return block_maxima(maximum(m_s, cast(lowest(like), like)), maximum(m_t, cast(lowest(like), like)), shared)
+
     def gathering(careful):
-        """The function that returns a slice's maxima and sums by one of the ways."""
-        no_sums, gather, settle, unit = stages(parts, careful)[:4]
+        """The function that adds a slice up by one of the ways: its sums, of which float64 is for one thread."""
+        sums_at, _, add_octet, settle, unit = stages(parts, careful)[:5]
 
         @cuda.jit(device=True)
-        def sums_of(octets, share, words, rates, tags, like, shared):
+        def sums_of(octets, share, words, maxima, rates, tags, shared):
+            """(z_s, z_h, z_t, w) as they come, for :func:`settled`."""
             place_s, place_t, next_s, next_t = places_of(words, share, tags)
-            sums = no_sums(rates, like)
+            sums = sums_at(maxima, rates)
             for _ in range(octets[3]):
                 x, y = kept(place_s, place_t, tags)
-                sums = gather(sums, x, y, rates)
+                sums = add_octet(sums, x, y, rates)
                 place_s += next_s
                 place_t += next_t
-            maxima = block_maxima(sums[0], sums[6], shared)
+            _, _, z_s, low_s, z_h, low_h, _, _, z_t, low_t, w, low_w = sums
+            return block_sums(
+                np.float64(z_s) + np.float64(low_s), np.float64(z_h) + np.float64(low_h),
+                np.float64(z_t) + np.float64(low_t), np.float64(w) + np.float64(low_w), shared,
+            )  # fmt: skip
+
+        @device
+        def settled(maxima, z_s, z_h, z_t, w, rates, like):
+            """The same relative to the slice's maxima."""
+            m_s, r_s, _, _, _, _, m_t, r_t, _, _, _, _ = sums_at(maxima, rates)
+            sums = m_s, r_s, z_s, 0.0, z_h, 0.0, m_t, r_t, z_t, 0.0, w, 0.0
             z_s, z_h, z_t, w = settle(sums, maxima, rates, like)
-            z_s, z_h, z_t, w = block_sums(z_s, z_h, z_t, w, shared)
-            return maxima, z_s, z_h, z_t, w * unit(rates[4])
+            return z_s, z_h, z_t, w * unit(rates[4])
 
-        return sums_of
+        return sums_of, settled
 
-    gather_quickly, gather_with_care = gathering(careful=False), gathering(careful=True)
+    (gather_quickly, settle_quick), (gather_with_care, settle_careful) = (
+        gathering(careful=False),
+        gathering(careful=True),
+    )
 
     def spending(careful):
         """The function that writes a slice's gradient by one of the ways, but for what the label adds."""
@@ -224,26 +270,30 @@ def group_kernel(parts, threads, resident):
         store_stored(place + 40, w)
         store_stored(place + 48, bad)
 
+    @device
+    def published_by(row, k, blocks):
+        """(m_s, z_s, z_h, m_t, z_t, w) of a row's block; of one that there is not, what changes nothing."""
+        if k >= blocks:
+            return -math.inf, 0.0, 0.0, -math.inf, 0.0, 0.0
+        place, zero = row + 8 * PUBLISHED * k, np.float64(0)
+        return (
+            load_stored(place, zero), load_stored(place + 8, zero), load_stored(place + 16, zero),
+            load_stored(place + 24, zero), load_stored(place + 32, zero), load_stored(place + 40, zero),
+        )  # fmt: skip
+
     @cuda.jit(device=True)
     def merged(row, blocks, rates, like):
         """(maxima, z_s, z_h, z_t, w) of a row, from what its blocks have published; for one warp."""
         lane = np.int64(cuda.threadIdx.x % _WARP)
-        zero = np.float64(0)
-        m_s, m_t = np.float64(-math.inf), np.float64(-math.inf)
-        for k in range(lane, blocks, _WARP):
-            m_s = maximum(m_s, load_stored(row + 8 * PUBLISHED * k, zero))
-            m_t = maximum(m_t, load_stored(row + 8 * (PUBLISHED * k + 3), zero))
-        m_s, m_t = warp_maximum(m_s), warp_maximum(m_t)
-        z_s, z_h, z_t, w = 0.0, 0.0, 0.0, 0.0
-        for k in range(lane, blocks, _WARP):
-            of_block = row + 8 * PUBLISHED * k
-            of_s, of_h, of_t, of_w = rebase(
-                load_stored(of_block, zero), load_stored(of_block + 8, zero), load_stored(of_block + 16, zero),
-                load_stored(of_block + 24, zero), load_stored(of_block + 32, zero), load_stored(of_block + 40, zero),
-                (m_s, m_t), rates, like,
-            )  # fmt: skip
-            z_s, z_h, z_t, w = z_s + of_s, z_h + of_h, z_t + of_t, w + of_w
-        return (m_s, m_t), warp_total(z_s), warp_total(z_h), warp_total(z_t), warp_total(w)
+        # All is read at once: what memory takes to answer, a row's blocks wait.
+        m_s, z_s, z_h, m_t, z_t, w = published_by(row, lane, blocks)
+        n_s, y_s, y_h, n_t, y_t, v = published_by(row, lane + _WARP, blocks)
+        maxima = warp_maximum(maximum(m_s, n_s)), warp_maximum(maximum(m_t, n_t))
+        z_s, z_h, z_t, w = rebase(m_s, z_s, z_h, m_t, z_t, w, maxima, rates, like)
+        if blocks > _WARP:
+            y_s, y_h, y_t, v = rebase(n_s, y_s, y_h, n_t, y_t, v, maxima, rates, like)
+            z_s, z_h, z_t, w = z_s + y_s, z_h + y_h, z_t + y_t, w + v
+        return maxima, warp_total(z_s), warp_total(z_h), warp_total(z_t), warp_total(w)
 
     @device
     def first_bad_of(row, blocks, student, size):
@@ -265,27 +315,31 @@ def group_kernel(parts, threads, resident):
         counters: address of int32 zeros, one of tickets and one for each row, of blocks that have published.
         published: address of float64 [B, blocks, PUBLISHED].
         """
+        # Of the second row, from the column 8 on, which reductions of so few warps leave alone: logits of the label,
+        # factors, z_h, maxima, whether the row can be used.
         shared = cuda.shared.array(SCRATCH, float64)
-        ticket = cuda.shared.array(2, int32)
+        about = cuda.shared.array(6, int64)  # the row, the slice, whether the row is masked, what is wrong, the label
         words = cuda.shared.array(_WORDS_KEPT, uint32, 16)
         first = cuda.threadIdx.x == 0
+        weight = 0.0
         if first:
-            number = add(counters, np.int32(1))
-            ticket[0], ticket[1] = number // blocks, number % blocks
+            number = np.int64(add(counters, np.int32(1)))
+            about[0], about[1] = number // blocks, number % blocks
+            weight, about[5] = weight_at(weights, about[0]), label_at(labels, about[0])
+            masked, about[3], about[4] = masked_or_bad(labels, weights, ignore_index, about[5], weight, size)
+            about[2] = 1 if masked else 0
         cuda.syncthreads()
-        i, slice_ = np.int64(ticket[0]), np.int64(ticket[1])
+        i, slice_, label = about[0], about[1], about[5]
         begin = slice_ * share
         end = min(begin + share, size)
         s, t, g = row_at(student, i), row_at(teacher, i), row_at(gradient, i)
-        weight, label = weight_at(weights, i), label_at(labels, i)
-        masked, code, detail = masked_or_bad(labels, weights, ignore_index, label, weight, size)
-        if masked or code != OK:
+        if about[2] == 1 or about[3] != OK:
+            value = 0.0 if about[2] == 1 else math.nan
             if first and slice_ == 0:
-                value = 0.0 if masked else math.nan
                 write_results(results, i, value, value, value)
-                report(status, i, code, detail)
+                report(status, i, about[3], about[4])
             if given(gradient):
-                fill_row(g, begin, end, 0.0 if masked else math.nan)
+                fill_row(g, begin, end, value)
             return
 
         tags = s[2], t[2]
@@ -293,10 +347,21 @@ def group_kernel(parts, threads, resident):
         whole = whole_octets(s) and (not soft or whole_octets(t))
         octets = octets_of_slice(begin, end, adjacent)
         keep_slice(s, t, octets, end, share, words, whole, like)
-        maxima, z_s, z_h, z_t, w = gather_quickly(octets, share, words, rates, tags, like, shared)
-        bad = np.int64(2 * size)
-        if no_good(maxima, z_s, z_t, w, rates):
-            maxima, z_s, z_h, z_t, w = gather_with_care(octets, share, words, rates, tags, like, shared)
+        scale = 0.0
+        if (
+            first
+        ):  # while the copies are under way, and while the logits are still there, whose place a gradient may take
+            scale = weight / load_stored(denominator, np.float64(0))
+            if hard:
+                shared[1, 8] = load_real(s[0] + label * s[1], s[2])
+                if soft:
+                    shared[1, 9] = load_real(t[0] + label * t[1], t[2])
+        wait_for_copies()
+        maxima = maxima_of(octets, share, words, tags, like, shared)
+        z_s, z_h, z_t, w = gather_quickly(octets, share, words, maxima, rates, tags, shared)
+        careful, bad = no_good(maxima, z_s, z_t, w, rates), np.int64(2 * size)
+        if careful:
+            z_s, z_h, z_t, w = gather_with_care(octets, share, words, maxima, rates, tags, shared)
             if math.isnan(z_s):
                 bad = first_bad_class(s, begin, end, shared)
             elif soft and math.isnan(z_t):
@@ -304,34 +369,32 @@ def group_kernel(parts, threads, resident):
 
         row = published + 8 * PUBLISHED * blocks * i
         if first:
+            if careful:
+                z_s, z_h, z_t, w = settle_careful(maxima, z_s, z_h, z_t, w, rates, like)
+            else:
+                z_s, z_h, z_t, w = settle_quick(maxima, z_s, z_h, z_t, w, rates, like)
             publish(row + 8 * PUBLISHED * slice_, maxima, z_s, z_h, z_t, w, np.float64(bad))
-            if hard:  # while the logits are still there, of which a gradient may take the place
-                shared[1, 3] = load_real(s[0] + label * s[1], s[2])
-                if soft:
-                    shared[1, 4] = load_real(t[0] + label * t[1], t[2])
             arrived = counters + 4 * (1 + i)
             add_release(arrived, np.int32(1))
             while load_acquire(arrived) < blocks:
-                cuda.nanosleep(64)
+                cuda.nanosleep(32)
         if cuda.threadIdx.x < _WARP:
             cuda.syncwarp()
             exact, z_s, z_h, z_t, w = merged(row, blocks, rates, like)
             if first:
                 maxima = cast(exact[0], like), cast(exact[1], like)
-                scale = weight / load_stored(denominator, np.float64(0))
                 of_s, of_h, of_t = offsets_of(maxima, rates)
                 hard_q, soft_q, soft_p = factors_of(scale, alpha, kd_scale, temperature, z_s, z_h, z_t)
-                shared[1, 0], shared[1, 1], shared[1, 2] = hard_q * of_h, soft_q * of_s, soft_p * of_t
-                shared[1, 5], shared[1, 6], shared[1, 7] = z_h / of_h, exact[0], exact[1]
-                shared[1, 8] = 1.0 if is_usable(z_s) and (not soft or is_usable(z_t)) else 0.0
+                shared[1, 10], shared[1, 11], shared[1, 12] = hard_q * of_h, soft_q * of_s, soft_p * of_t
+                shared[1, 13], shared[1, 14], shared[1, 15] = z_h / of_h, exact[0], exact[1]
+                shared[1, 16] = 1.0 if is_usable(z_s) and (not soft or is_usable(z_t)) else 0.0
         cuda.syncthreads()
-        usable = shared[1, 8] == 1.0
+        usable = shared[1, 16] == 1.0
         if first and slice_ == 0:
             if usable:
-                scale = weight / load_stored(denominator, np.float64(0))
                 ce, kl = 0.0, 0.0
                 if hard:
-                    ce = scale * cross_entropy_of(cast(shared[1, 3], like), cast(shared[1, 6], like), z_h)
+                    ce = scale * cross_entropy_of(cast(shared[1, 8], like), cast(shared[1, 14], like), z_h)
                 if soft:
                     kl = scale * kd_scale * _forward_kl_from_sums(w, z_t, z_s, teacher_temperature)
                 write_results(results, i, _kd_loss(ce, kl, alpha), ce, kl)
@@ -346,8 +409,8 @@ def group_kernel(parts, threads, resident):
         if not usable:
             fill_row(g, begin, end, math.nan)
             return
-        maxima = cast(shared[1, 6], like), cast(shared[1, 7], like)
-        factors = cast(shared[1, 0], like), cast(shared[1, 1], like), cast(shared[1, 2], like)
+        maxima = cast(shared[1, 14], like), cast(shared[1, 15], like)
+        factors = cast(shared[1, 10], like), cast(shared[1, 11], like), cast(shared[1, 12], like)
         whole = whole_octets(g) and (adjacent or itemsize(g[2]) != 2)
         if large(maxima, rates):
             spend_with_care(g, octets, end, share, words, maxima, rates, tags, factors, False)
@@ -356,7 +419,7 @@ def group_kernel(parts, threads, resident):
         if hard and begin <= label < end:
             cuda.syncthreads()
             if first:  # over what the slice's gradient is
-                x, y, z = cast(shared[1, 3], like), cast(shared[1, 4], like), cast(shared[1, 5], like)
+                x, y, z = cast(shared[1, 8], like), cast(shared[1, 9], like), cast(shared[1, 13], like)
                 of_label = spend_one(x, y, z, maxima, rates, factors, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
                 store_real(g[0] + label * g[1], of_label, g[2])
 

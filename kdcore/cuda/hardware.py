@@ -210,20 +210,23 @@ def _store_shared_words(context, address, a, b, c, d):
     return types.void(types.int64, *[types.uint32] * 4), code
 
 
-def _atomic_add(order):
-    text, constraints = f"atom.{order}.gpu.global.add.u32 $0, [$1], $2;", "=r,l,r,~{memory}"
+@intrinsic
+def add(context, address, value):
+    def code(context, builder, signature, arguments):
+        text, constraints = "atom.relaxed.gpu.global.add.u32 $0, [$1], $2;", "=r,l,r,~{memory}"
+        return builder.call(_instruction(text, _I32, [_I64, _I32], True, constraints), arguments)
 
-    @intrinsic
-    def add(context, address, value):
-        def code(context, builder, signature, arguments):
-            return builder.call(_instruction(text, _I32, [_I64, _I32], True, constraints), arguments)
-
-        return types.int32(types.int64, types.int32), code
-
-    return add
+    return types.int32(types.int64, types.int32), code
 
 
-add, add_release = _atomic_add("relaxed"), _atomic_add("acq_rel")
+@intrinsic
+def add_release(context, address, value):
+    def code(context, builder, signature, arguments):
+        text = "red.release.gpu.global.add.u32 [$0], $1;"
+        builder.call(_instruction(text, ir.VoidType(), [_I64, _I32], True, "l,r,~{memory}"), arguments)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int32), code
 
 
 @intrinsic
@@ -406,6 +409,41 @@ def _words_of_octet(x, tag):
         pack(np.float32(x[0]), np.float32(x[1])), pack(np.float32(x[2]), np.float32(x[3])),
         pack(np.float32(x[4]), np.float32(x[5])), pack(np.float32(x[6]), np.float32(x[7])),
     )  # fmt: skip
+
+
+def _pairwise_maxima(text):
+    @intrinsic
+    def maxima(context, a, b):
+        def code(context, builder, signature, arguments):
+            return builder.call(_instruction(text, _I32, [_I32, _I32], False, "=r,r,r"), arguments)
+
+        return types.uint32(types.uint32, types.uint32), code
+
+    return maxima
+
+
+_maxima_float16 = _pairwise_maxima("max.f16x2 $0, $1, $2;")
+_maxima_bfloat16 = _pairwise_maxima("max.bf16x2 $0, $1, $2;")
+
+
+def maxima_of_words(a, b, tag):
+    raise TypeError("maxima_of_words is for compiled code")
+
+
+@overload(maxima_of_words)
+def _maxima_of_words(a, b, tag):
+    if tag == types.float32:
+
+        @cuda.jit(device=True)
+        def larger(x, y):
+            return _word_of(max(_float_of(x), _float_of(y)))
+
+        return lambda a, b, tag: (
+            larger(a[0], b[0]), larger(a[1], b[1]), larger(a[2], b[2]), larger(a[3], b[3]),
+            larger(a[4], b[4]), larger(a[5], b[5]), larger(a[6], b[6]), larger(a[7], b[7]),
+        )  # fmt: skip
+    larger = _maxima_float16 if tag == types.float16 else _maxima_bfloat16
+    return lambda a, b, tag: (larger(a[0], b[0]), larger(a[1], b[1]), larger(a[2], b[2]), larger(a[3], b[3]))
 
 
 def keep_async(place, gap, address, a, b, tag):

@@ -8,7 +8,7 @@ import numpy as np
 
 from kdcore.cuda import kernels, states
 from kdcore.cuda.distillation import parts_of, rates_of
-from kdcore.cuda.groups import PUBLISHED, group_kernel, resident_blocks
+from kdcore.cuda.groups import PUBLISHED, group_kernel, resident_blocks, share_of
 from kdcore.cuda.memory import full, scratch
 from kdcore.cuda.plans import plan_of, require_bfloat16, shared_memory, threads_of
 from kdcore.cuda.primitives import SIMULATOR, tag_of
@@ -138,7 +138,7 @@ def _launch_kd(rows, size, itemsizes, parts, term, slope, wide, arguments, strea
     if plan.kernel == "group":
         counters = full((1 + rows,), np.int32, 0, stream)
         published = scratch((rows, plan.blocks, PUBLISHED), np.float64, stream)
-        share = -(-size // (8 * plan.blocks)) * 8
+        share = share_of(size, plan.blocks, plan.threads, *itemsizes)
         arguments = *arguments, plan.blocks, share, counters.address, _start(published)
         kernel = group_kernel(parts, plan.threads, resident_blocks(shared_memory()))
         launch(kernel, rows * plan.blocks, plan.threads, stream, *arguments)

@@ -18,6 +18,7 @@ Of 16-bit elements b is a + 4, so that they are 16 bytes; of others, two or four
   at an address, by 16-byte accesses to multiples of 16
 - ``octet_words(address, a, b, tag)``: the same as the words of 32 bits that they are, 8 of float32, 4 of 16-bit types;
   ``octet_of_words(words, tag)``, ``words_of_octet(x, tag)``: the octet in them, and back
+- ``maxima_of_words(a, b, tag)``: the larger of each two elements, or the one that is a number, in words
 - ``shared_address_of(array)``: of a shared array whose alignment is 16. An octet is kept at a place there, in 16 bytes
   and, of float32, in 16 more that are ``gap`` bytes further: ``keep_words(place, gap, words, tag)``,
   ``kept_words(place, gap, tag)``, and ``keep_async(place, gap, address, a, b, tag)`` straight from the row at an
@@ -29,9 +30,8 @@ Of 16-bit elements b is a + 4, so that they are 16 bytes; of others, two or four
 - ``is_single(like)``: whether a number is a float32, which the compiler knows
 - ``maximum(x, y)``: the larger, or the one that is a number
 - ``log(x)``: of float64; -inf at 0
-- ``add(address, n)``: adds to an int32 and returns what was there; ``add_release(address, n)`` does so after everything
-  that this thread wrote;
-  ``load_acquire(address)`` reads it before everything that follows
+- ``add(address, n)``: adds to an int32 and returns what was there; ``add_release(address, n)`` adds after everything that
+  this thread wrote, and ``load_acquire(address)`` reads before everything that follows
 """
 
 from functools import cache
@@ -60,6 +60,7 @@ __all__ = [
     "load_stored",
     "log",
     "lowest",
+    "maxima_of_words",
     "maximum",
     "octet_of_words",
     "octet_words",
@@ -95,6 +96,7 @@ if SIMULATOR:
         load_stored,
         log,
         lowest,
+        maxima_of_words,
         maximum,
         octet_of_words,
         octet_words,
@@ -126,6 +128,7 @@ else:
         load_stored,
         log,
         lowest,
+        maxima_of_words,
         maximum,
         octet_of_words,
         octet_words,

@@ -208,6 +208,10 @@ def words_of_octet(x, tag):
     return tuple(np.array([_from_real(value, tag) for value in x]).view(np.uint32))
 
 
+def maxima_of_words(a, b, tag):
+    return words_of_octet(np.fmax(octet_of_words(a, tag), octet_of_words(b, tag)), tag)
+
+
 def load_octet(address, a, b, tag):
     if tag.dtype.itemsize < 8:
         return octet_of_words(octet_words(address, a, b, tag), tag)

@@ -8,7 +8,7 @@ from numba import cuda
 
 from kdcore.cuda.distillation import questions, stages
 from kdcore.cuda.primitives import device
-from kdcore.cuda.rows import block_maxima, block_sums, block_total, octet_of, octets_of, write_octet
+from kdcore.cuda.rows import block_maxima, block_sums, block_total, octet_of, octets_of, way_of, write_octet
 
 __all__ = ["Sweeps", "sweeps"]
 
@@ -39,12 +39,13 @@ def sweeps(parts: Any, wide: bool, term: Any = None, slope: Any = None) -> Sweep
 
     def gathering(careful):
         """The function that returns a row's maxima and sums by one of the ways."""
-        no_sums, gather, settle, unit = stages(parts, careful, term, slope)[:4]
+        sums_at, raise_maxima, add_octet, settle, unit = stages(parts, careful, term, slope)[:5]
+        floor = way_of(careful).floor
         by_16_bytes = wide or not careful  # rows that need care are few
 
         @cuda.jit(device=True)
         def thread_sums(s, t, size, rates, adjacent, whole, like):
-            sums = no_sums(rates, like)
+            sums = sums_at((floor(like), floor(like)), rates)
             a, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
             step = 8 * cuda.blockDim.x
             if by_16_bytes and whole:
@@ -53,14 +54,14 @@ def sweeps(parts: Any, wide: bool, term: Any = None, slope: Any = None) -> Sweep
                     y = x
                     if soft:
                         y = octet_of(t, a, a + gap, size, True, like)
-                    sums = gather(sums, x, y, rates)
+                    sums = add_octet(raise_maxima(sums, x, y, rates), x, y, rates)
                     a += step
             while a < size:
                 x = octet_of(s, a, a + gap, size, False, like)
                 y = x
                 if soft:
                     y = octet_of(t, a, a + gap, size, False, like)
-                sums = gather(sums, x, y, rates)
+                sums = add_octet(raise_maxima(sums, x, y, rates), x, y, rates)
                 a += step
             return sums
 

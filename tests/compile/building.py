@@ -24,6 +24,7 @@ __all__ = [
     "matrix",
     "most_registers",
     "most_threads",
+    "rates",
     "row_signature",
     "vector",
 ]

@@ -22,6 +22,7 @@ from building import (
     kd_signature,
     matrix,
     most_threads,
+    rates,
     row_signature,
     vector,
 )
@@ -135,7 +136,7 @@ def test_two_formulas(divergence, parts, student, teacher, gradient, capability)
 def test_groups(student, teacher, capability):
     parts = turn(PARTS.values(), PAIRS.index((student, teacher)))
     signature = group_signature(student, teacher, student)
-    build(groups.group_kernel(parts, RESIDENT[capability]), signature, capability)
+    build(groups.group_kernel(parts, groups.MOST_THREADS, RESIDENT[capability]), signature, capability)
 
 
 @pytest.mark.parametrize(
@@ -181,9 +182,9 @@ def test_states(parts, stored, wide, capability):
     logits, address, real = matrix(STORED[stored]), nb.int64, nb.float64
     labels = vector(nb.int64), nb.int64
     if PARTS[parts].soft and PARTS[parts].hard:
-        signature = logits, logits, *labels, nb.int64, real, real, nb.int64, like, address
+        signature = logits, logits, *labels, nb.int64, rates(like), nb.int64, like, address
         build(states.state_kernel(PARTS[parts], wide), signature, capability)
-    signature = logits, logits, *labels, address, address, real, real, real, real, nb.int64, like, logits
+    signature = logits, logits, *labels, address, address, *(real,) * 3, rates(like), nb.int64, like, logits
     build(states.gradient_kernel(PARTS[parts], wide), signature, capability)
 
 
@@ -304,7 +305,7 @@ def test_kd_is_launched_as_it_is_built(launched, student, parts, size):
 def test_groups_are_launched_as_they_are_built(launched, parts):
     launch_kd("float16", "bfloat16", 300_000, divergences.forward_kl(), *OBJECTIVES[parts])
     kernel, threads, arguments = launched.pop()
-    assert kernel is groups.group_kernel(PARTS[parts], RESIDENT[9, 0])
+    assert kernel is groups.group_kernel(PARTS[parts], threads, RESIDENT[9, 0])
     teacher = "bfloat16" if parts != "hard" else "float16"
     assert arguments == group_signature("float16", teacher, "float16", nb.int32, nb.float32)
     assert 0 < threads <= most_threads(kernel)

@@ -78,7 +78,10 @@ def _cases():
             kernel = dict.fromkeys(devices, kernels.kd_kernel(parts, None, None, False))
             yield f"forward_kl {stored}, {name}", Case(kernel, signature, rows * itemsize, loops)
             if name.startswith("both") and stored != "float16":
-                kernel = {capability: groups.group_kernel(parts, RESIDENT[capability]) for capability in CAPABILITIES}
+                kernel = {
+                    capability: groups.group_kernel(parts, groups.MOST_THREADS, RESIDENT[capability])
+                    for capability in CAPABILITIES
+                }
                 loops = {"copy": Loop(0), **loops, "spend with rest": Loop(exponentials)}
                 case = Case(kernel, group_signature(stored, stored, stored), rows * itemsize, loops)
                 yield f"forward_kl {stored}, {name}, group", case
