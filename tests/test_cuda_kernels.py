@@ -229,17 +229,23 @@ def test_blocks_of_a_row_need_no_more_room_than_they_take(monkeypatch):
 def test_the_choice_is_explained():
     if not SIMULATOR:
         pytest.skip("the numbers are those of the simulator's device")
-    assert plans.explain(32768).startswith("row kernel, 1 block of 64 threads a row: the second read comes from the")
-    assert "132 rows of both inputs, 33 MiB, at a time, of a cache of 50 MiB" in plans.explain(32768)
-    assert plans.explain(32768, "bfloat16").startswith("row kernel")
-    assert plans.explain(100_000, "bfloat16").startswith("group kernel, 10 blocks of 32 threads a row: rows are kept")
-    assert plans.explain(100_000, "float64").startswith("row kernel")
+    assert plans.explain(32768) == (
+        "group kernel, 8 blocks of 32 threads a row: each logit is read once, 6 blocks share a multiprocessor"
+    )
+    assert plans.explain(100_000, "bfloat16").startswith("group kernel, 13 blocks of 32 threads a row")
+    assert plans.explain(4000) == "row kernel, 1 block of 64 threads a row: there are fewer than 4096 classes"
+    assert plans.explain(100_000, "float64").endswith("the group kernel is for float32 work, from 8.0 on")
     assert "more classes than the group kernel can keep" in plans.explain(10_000_000)
     with pytest.MonkeyPatch.context() as patch:  # a small device, on which so many blocks might wait for each other
         patch.setitem(plans._SIMULATED, "MULTIPROCESSOR_COUNT", 16)
-        patch.setitem(plans._SIMULATED, "L2_CACHE_SIZE", 1 << 20)
-        assert plans.explain(40_000).startswith("group kernel, 8 blocks")
+        assert plans.explain(32_000).startswith("group kernel, 8 blocks")
         assert "more classes than the group kernel can keep" in plans.explain(50_000)
+    with pytest.MonkeyPatch.context() as patch:  # one with room for few blocks, where the cache does as well
+        patch.setitem(plans._SIMULATED, "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR", 100 << 10)
+        assert plans.explain(32768).endswith(
+            "the second read comes from the cache: all multiprocessors' rows, 33 MiB at a time, of a cache of 50 MiB"
+        )
+        assert plans.explain(100_000).startswith("group kernel")
     with plans.using(kernel="row", threads=128):
         assert plans.explain(100_000) == "row kernel, 1 block of 128 threads a row: as was asked for"
 
@@ -255,7 +261,7 @@ def test_large_rows_are_worked_by_the_group_kernel(monkeypatch):
     monkeypatch.setattr("kdcore.cuda.launch.group_kernel", lambda *key: ran.append(key) or original(*key))
     by_row = kd(Device, s, t, labels)
     assert not ran
-    monkeypatch.setattr(plans, "_SHARE_OF_CACHE", 1e-9)
+    monkeypatch.setattr(plans, "_GROUP_FROM", 800)
     chosen = kd(Device, s, t, labels)
     assert len(ran) == 1
     for x, y, z in zip(chosen, by_group, by_row, strict=True):

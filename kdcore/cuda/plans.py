@@ -2,8 +2,9 @@
 
 The **row kernel** has one block a row, which reads the row twice: first for maxima and sums, then, backwards, for the
 gradient. That is one read of memory as long as the rows that all multiprocessors work on at a time stay in the second
-level cache. Of rows for which they would not, the **group kernel** has several blocks, each of which keeps its slice in
-shared memory.
+level cache. The **group kernel** has one or several blocks a row, each of which keeps its slice in shared memory, so
+that every logit is read once. On an H200 it is the faster one from a few thousand classes on, also where the cache
+would do (benchmarks/LOG.md). It needs room for several blocks on a multiprocessor, which wait for each other in turn.
 
 The choice depends on the classes, the dtypes and the device, not on the number of rows: a row's result is the same, bit
 by bit, in whatever batch it comes. :func:`explain` says it in words, :func:`using` overrides it::
@@ -31,6 +32,9 @@ _WARP = 32
 _OCTET = 8
 #: What of the second level cache the rows of all multiprocessors may take.
 _SHARE_OF_CACHE = 0.75
+#: From so many classes on, a block of the group kernel has enough to do; and so many blocks hide what others wait for.
+_GROUP_FROM = 4096
+_ENOUGH_BLOCKS = 4
 _ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -151,6 +155,8 @@ def plan_of(size: int, itemsizes: tuple[int, int], most_threads: int, can_group:
     ``itemsizes`` of student and teacher; ``most_threads`` of the row kernel; ``can_group``: whether the group kernel
     has what the call needs, float32 arithmetic.
     """
+    from kdcore.cuda.groups import resident_blocks
+
     kernel = _override.get().kernel
     can_group = can_group and _of_device("COMPUTE_CAPABILITY_MAJOR") >= 8  # from where on copies are asynchronous
     if kernel == "group":
@@ -159,22 +165,25 @@ def plan_of(size: int, itemsizes: tuple[int, int], most_threads: int, can_group:
                 "the group kernel is for forward KL of rows that are worked in float32, on devices from 8.0"
             )
         return _group(size, itemsizes, "as was asked for")
-    multiprocessors, cache_bytes = _of_device("MULTIPROCESSOR_COUNT"), _of_device("L2_CACHE_SIZE")
-    at_a_time = size * sum(itemsizes) * multiprocessors
-    rows = f"{multiprocessors} rows of both inputs, {at_a_time / 2**20:.0f} MiB, at a time"
-    cached = f"{rows}, of a cache of {cache_bytes / 2**20:.0f} MiB"
+
+    def by_row(reason: str) -> Plan:
+        return Plan("row", threads_of(size, most_threads), 1, reason)
+
     if kernel == "row":
-        return Plan("row", threads_of(size, most_threads), 1, "as was asked for")
-    if at_a_time <= _SHARE_OF_CACHE * cache_bytes:
-        return Plan("row", threads_of(size, most_threads), 1, f"the second read comes from the cache: {cached}")
+        return by_row("as was asked for")
     if not can_group:
-        return Plan("row", threads_of(size, most_threads), 1, "the group kernel is for float32 work, from 8.0 on")
+        return by_row("the group kernel is for float32 work, from 8.0 on")
+    if size < _GROUP_FROM:
+        return by_row(f"there are fewer than {_GROUP_FROM} classes")
+    resident = resident_blocks(shared_memory())
+    at_a_time, cache = size * sum(itemsizes) * _of_device("MULTIPROCESSOR_COUNT"), _of_device("L2_CACHE_SIZE")
+    if resident < _ENOUGH_BLOCKS and at_a_time <= _SHARE_OF_CACHE * cache:
+        rows = f"all multiprocessors' rows, {at_a_time / 2**20:.0f} MiB at a time"
+        return by_row(f"the second read comes from the cache: {rows}, of a cache of {cache / 2**20:.0f} MiB")
     try:
-        return _group(
-            size, itemsizes, f"rows are kept in shared memory, since they would not stay in the cache: {cached}"
-        )
+        return _group(size, itemsizes, f"each logit is read once, {resident} blocks share a multiprocessor")
     except DomainError:
-        return Plan("row", threads_of(size, most_threads), 1, "there are more classes than the group kernel can keep")
+        return by_row("there are more classes than the group kernel can keep")
 
 
 def explain(size: int, dtype: str = "float32") -> str:

@@ -30,8 +30,8 @@ Of 16-bit elements b is a + 4, so that they are 16 bytes; of others, two or four
 - ``is_single(like)``: whether a number is a float32, which the compiler knows
 - ``maximum(x, y)``: the larger, or the one that is a number
 - ``log(x)``: of float64; -inf at 0
-- ``add(address, n)``: adds to an int32 and returns what was there; ``add_release(address, n)`` adds after everything that
-  this thread wrote, and ``load_acquire(address)`` reads before everything that follows
+- ``add(address, n)``: adds to an int32 and returns what was there; ``add_release(address, n)`` adds after everything
+  that this thread wrote, and ``load_acquire(address)`` reads before everything that follows
 """
 
 from functools import cache
