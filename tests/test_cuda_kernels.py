@@ -145,6 +145,19 @@ def test_much_of_little(using, dtype):
     assert_kd(s.astype(dtype), t.astype(dtype), np.array([17, 9]), temperature=1.0)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_name)
+@pytest.mark.parametrize(("of_student", "of_teacher"), [(3e6, 0.0), (0.0, -7e6), (5e6, 1e4), (1e30, -1e33), (2.0, 1e5)])
+def test_logits_far_from_0(using, of_student, of_teacher, dtype):
+    """So far that the rounding of a maximum's exponent would show, or that none but the largest logit counts."""
+    rng = np.random.default_rng(15)
+    s, t = (
+        (offset + np.spacing(dtype.type(abs(offset) + 4)).astype(F64) * rng.integers(-3, 3, size=(2, 300))).astype(dtype)
+        for offset in (of_student, of_teacher)
+    )
+    assert_kd(s, t, np.array([299, 7]), temperature=1.0)
+    assert_kd(s, t, np.array([299, 7]), temperature=3.0)
+
+
 def test_a_maximum_that_rises_all_the_time(using):
     rising = np.arange(600, dtype=F32)[None] / 4
     assert_kd(rising, rising[:, ::-1].copy(), np.array([599]), temperature=2.0)

@@ -38,7 +38,9 @@ from kdcore.cuda.primitives import (
     device,
     itemsize,
     keep_async,
+    keep_stored,
     keep_words,
+    kept_stored,
     kept_words,
     load_acquire,
     load_real,
@@ -50,6 +52,7 @@ from kdcore.cuda.primitives import (
     shared_address_of,
     store_real,
     store_stored,
+    to_stored,
     wait_for_copies,
     words_of_octet,
 )
@@ -145,28 +148,85 @@ def group_kernel(parts, threads, resident):
         place_s = shared_address_of(words) + 16 * np.int64(cuda.threadIdx.x)
         return place_s, place_s + (share + step - 1) // step * next_s, next_s, next_t
 
+    @device
+    def is_in_line(row, adjacent):
+        """Whether a row that cannot be read by 16 bytes lies in memory as a slice of it does in shared memory."""
+        return row[1] == itemsize(row[2]) and (itemsize(row[2]) == 2 or not adjacent)
+
     @cuda.jit(device=True)
-    def keep_slice(s, t, octets, end, share, words, whole, like):
-        """A slice of both rows is kept, with -inf beyond its end, after ``wait_for_copies``."""
+    def keep_in_line(row, begin, end, place):
+        """A slice is kept from a place on, element by element: neighbours by neighbouring threads."""
+        tag, size = row[2], itemsize(row[2])
+        source, n, count = row[0] + begin * size, np.int64(cuda.threadIdx.x), end - begin
+        while n + 7 * threads < count:
+            x = source + n * size
+            a, b = load_stored(x, tag), load_stored(x + threads * size, tag)
+            c, d = load_stored(x + 2 * threads * size, tag), load_stored(x + 3 * threads * size, tag)
+            e, f = load_stored(x + 4 * threads * size, tag), load_stored(x + 5 * threads * size, tag)
+            g, h = load_stored(x + 6 * threads * size, tag), load_stored(x + 7 * threads * size, tag)
+            y = place + n * size
+            keep_stored(y, a)
+            keep_stored(y + threads * size, b)
+            keep_stored(y + 2 * threads * size, c)
+            keep_stored(y + 3 * threads * size, d)
+            keep_stored(y + 4 * threads * size, e)
+            keep_stored(y + 5 * threads * size, f)
+            keep_stored(y + 6 * threads * size, g)
+            keep_stored(y + 7 * threads * size, h)
+            n += 8 * threads
+        while n < count:
+            keep_stored(place + n * size, load_stored(source + n * size, tag))
+            n += threads
+        while n < (count + step - 1) // step * step:
+            keep_stored(place + n * size, to_stored(-math.inf, tag))
+            n += threads
+
+    @cuda.jit(device=True)
+    def write_in_line(row, begin, end, place):
+        """A slice is written from what is kept from a place on, as :func:`keep_in_line` reads it."""
+        tag, size = row[2], itemsize(row[2])
+        to, n, count = row[0] + begin * size, np.int64(cuda.threadIdx.x), end - begin
+        while n + 3 * threads < count:
+            x = place + n * size
+            a, b = kept_stored(x, tag), kept_stored(x + threads * size, tag)
+            c, d = kept_stored(x + 2 * threads * size, tag), kept_stored(x + 3 * threads * size, tag)
+            y = to + n * size
+            store_stored(y, a)
+            store_stored(y + threads * size, b)
+            store_stored(y + 2 * threads * size, c)
+            store_stored(y + 3 * threads * size, d)
+            n += 4 * threads
+        while n < count:
+            store_stored(to + n * size, kept_stored(place + n * size, tag))
+            n += threads
+
+    @cuda.jit(device=True)
+    def keep_row(row, octets, begin, end, place, next_place, adjacent, like):
+        """A slice of a row is kept, with -inf beyond its end; see :func:`keep_slice`."""
         start, gap, inside, count = octets
-        place_s, place_t, next_s, next_t = places_of(words, share, (s[2], t[2]))
-        quick = inside if whole else np.int32(0)
-        from_s, from_t = s[0] + start * itemsize(s[2]), t[0] + start * itemsize(t[2])
+        whole = whole_octets(row)
+        if not whole and is_in_line(row, adjacent):
+            keep_in_line(row, begin, end, place - 16 * np.int64(cuda.threadIdx.x))
+            return
+        quick, source = inside if whole else np.int32(0), row[0] + start * itemsize(row[2])
         for _ in range(quick):
-            keep_async(place_s, half, from_s, np.int64(0), gap, s[2])
-            from_s += step * itemsize(s[2])
-            place_s += next_s
-            if soft:
-                keep_async(place_t, half, from_t, np.int64(0), gap, t[2])
-                from_t += step * itemsize(t[2])
-                place_t += next_t
+            keep_async(place, half, source, np.int64(0), gap, row[2])
+            source += step * itemsize(row[2])
+            place += next_place
         for k in range(quick, count):
             a = start + k * step
-            keep_words(place_s, half, words_of_octet(octet_of(s, a, a + gap, end, False, like), s[2]), s[2])
-            place_s += next_s
-            if soft:
-                keep_words(place_t, half, words_of_octet(octet_of(t, a, a + gap, end, False, like), t[2]), t[2])
-                place_t += next_t
+            keep_words(place, half, words_of_octet(octet_of(row, a, a + gap, end, False, like), row[2]), row[2])
+            place += next_place
+
+    @device
+    def keep_slice(s, t, octets, begin, end, share, words, adjacent, like):
+        """A slice of both rows is kept, for this thread after ``wait_for_copies``; for others, if this returns True,
+        after a barrier."""
+        place_s, place_t, next_s, next_t = places_of(words, share, (s[2], t[2]))
+        keep_row(s, octets, begin, end, place_s, next_s, adjacent, like)
+        if soft:
+            keep_row(t, octets, begin, end, place_t, next_t, adjacent, like)
+        return not (whole_octets(s) and (not soft or whole_octets(t)))
 
     @device
     def kept(place_s, place_t, tags):
@@ -236,11 +296,23 @@ def group_kernel(parts, threads, resident):
         nothing = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
         @cuda.jit(device=True)
-        def spend_slice(g, octets, end, share, words, maxima, rates, tags, factors, whole):
+        def spend_slice(g, octets, begin, end, share, words, maxima, rates, tags, factors, adjacent):
             references = references_of(maxima, rates)
             start, gap, inside, count = octets
             place_s, place_t, next_s, next_t = places_of(words, share, tags)
-            quick = inside if whole else np.int32(0)
+            whole = whole_octets(g) and (adjacent or itemsize(g[2]) != 2)
+            if itemsize(g[2]) == itemsize(tags[0]) and not whole and is_in_line(g, adjacent):
+                # Where the student's logits are kept, the gradient is, for threads to write neighbours of each other.
+                for _ in range(count):
+                    x, y = kept(place_s, place_t, tags)
+                    z = spend(x, y, references, rates, factors, nothing)
+                    keep_words(place_s, half, words_of_octet(z, g[2]), g[2])
+                    place_s += next_s
+                    place_t += next_t
+                cuda.syncthreads()
+                write_in_line(g, begin, end, shared_address_of(words))
+                return
+            quick = inside if whole and not careful else np.int32(0)
             to = g[0] + start * itemsize(g[2])
             for _ in range(quick):
                 x, y = kept(place_s, place_t, tags)
@@ -344,9 +416,8 @@ def group_kernel(parts, threads, resident):
 
         tags = s[2], t[2]
         adjacent = itemsize(s[2]) == 2 or (soft and itemsize(t[2]) == 2)
-        whole = whole_octets(s) and (not soft or whole_octets(t))
         octets = octets_of_slice(begin, end, adjacent)
-        keep_slice(s, t, octets, end, share, words, whole, like)
+        by_others = keep_slice(s, t, octets, begin, end, share, words, adjacent, like)
         scale = 0.0
         if (
             first
@@ -357,6 +428,8 @@ def group_kernel(parts, threads, resident):
                 if soft:
                     shared[1, 9] = load_real(t[0] + label * t[1], t[2])
         wait_for_copies()
+        if by_others:
+            cuda.syncthreads()
         maxima = maxima_of(octets, share, words, tags, like, shared)
         z_s, z_h, z_t, w = gather_quickly(octets, share, words, maxima, rates, tags, shared)
         careful, bad = no_good(maxima, z_s, z_t, w, rates), np.int64(2 * size)
@@ -411,11 +484,10 @@ def group_kernel(parts, threads, resident):
             return
         maxima = cast(shared[1, 14], like), cast(shared[1, 15], like)
         factors = cast(shared[1, 10], like), cast(shared[1, 11], like), cast(shared[1, 12], like)
-        whole = whole_octets(g) and (adjacent or itemsize(g[2]) != 2)
         if large(maxima, rates):
-            spend_with_care(g, octets, end, share, words, maxima, rates, tags, factors, False)
+            spend_with_care(g, octets, begin, end, share, words, maxima, rates, tags, factors, adjacent)
         else:
-            spend_quickly(g, octets, end, share, words, maxima, rates, tags, factors, whole)
+            spend_quickly(g, octets, begin, end, share, words, maxima, rates, tags, factors, adjacent)
         if hard and begin <= label < end:
             cuda.syncthreads()
             if first:  # over what the slice's gradient is

@@ -99,30 +99,39 @@ _STORED = {
 }
 
 
-@intrinsic
-def _load(context, address, tag):
-    name, letter, register = _STORED[tag]
-    bits = types.uint16 if tag == types.float16 else tag
+def _element_load(space):
+    @intrinsic
+    def load(context, address, tag):
+        name, letter, register = _STORED[tag]
+        bits = types.uint16 if tag == types.float16 else tag
 
-    def code(context, builder, signature, arguments):
-        instruction = _instruction(f"ld.global.{name} $0, [$1];", register, [_I64], True, f"={letter},l")
-        value = builder.call(instruction, arguments[:1])
-        return builder.trunc(value, ir.IntType(8)) if tag.bitwidth == 8 else value
+        def code(context, builder, signature, arguments):
+            instruction = _instruction(f"ld.{space}.{name} $0, [$1];", register, [_I64], True, f"={letter},l")
+            value = builder.call(instruction, arguments[:1])
+            return builder.trunc(value, ir.IntType(8)) if tag.bitwidth == 8 else value
 
-    return bits(types.int64, tag), code
+        return bits(types.int64, tag), code
+
+    return load
 
 
-@intrinsic
-def _store(context, address, value):
-    name, letter, register = _STORED[value]
+def _element_store(space):
+    @intrinsic
+    def store(context, address, value):
+        name, letter, register = _STORED[value]
 
-    def code(context, builder, signature, arguments):
-        builder.call(
-            _instruction(f"st.global.{name} [$0], $1;", ir.VoidType(), [_I64, register], True, f"l,{letter}"), arguments
-        )
-        return context.get_dummy_value()
+        def code(context, builder, signature, arguments):
+            text, constraints = f"st.{space}.{name} [$0], $1;", f"l,{letter}"
+            builder.call(_instruction(text, ir.VoidType(), [_I64, register], True, constraints), arguments)
+            return context.get_dummy_value()
 
-    return types.void(types.int64, value), code
+        return types.void(types.int64, value), code
+
+    return store
+
+
+_load, _store = _element_load("global"), _element_store("global")
+_load_shared, _store_shared = _element_load("shared"), _element_store("shared")
 
 
 def _vector_load(name, letter, register, number, count, space="global.L1::no_allocate"):
@@ -329,17 +338,40 @@ def _store_stored(address, value):
     return lambda address, value: _store(address, value)
 
 
-def store_real(address, x, tag):
-    raise TypeError("store_real is for compiled code")
+def to_stored(x, tag):
+    raise TypeError("to_stored is for compiled code")
 
 
-@overload(store_real)
-def _store_real(address, x, tag):
+@overload(to_stored)
+def _to_stored(x, tag):
     if tag == types.uint16:
-        return lambda address, x, tag: _store(address, np.uint16(_pack_bfloat16(np.float32(x), np.float32(0))))
+        return lambda x, tag: np.uint16(_pack_bfloat16(np.float32(x), np.float32(0)))
     if tag == types.float16:
-        return lambda address, x, tag: _store(address, np.uint16(_pack_float16(np.float32(x), np.float32(0))))
-    return lambda address, x, tag: _store(address, type(tag)(x))
+        return lambda x, tag: np.uint16(_pack_float16(np.float32(x), np.float32(0)))
+    return lambda x, tag: type(tag)(x)
+
+
+@cuda.jit(device=True)
+def store_real(address, x, tag):
+    _store(address, to_stored(x, tag))
+
+
+def keep_stored(place, value):
+    raise TypeError("keep_stored is for compiled code")
+
+
+@overload(keep_stored)
+def _keep_stored(place, value):
+    return lambda place, value: _store_shared(place, value)
+
+
+def kept_stored(place, tag):
+    raise TypeError("kept_stored is for compiled code")
+
+
+@overload(kept_stored)
+def _kept_stored(place, tag):
+    return lambda place, tag: _load_shared(place, tag)
 
 
 def octet_words(address, a, b, tag):

@@ -23,8 +23,10 @@ Of 16-bit elements b is a + 4, so that they are 16 bytes; of others, two or four
   and, of float32, in 16 more that are ``gap`` bytes further: ``keep_words(place, gap, words, tag)``,
   ``kept_words(place, gap, tag)``, and ``keep_async(place, gap, address, a, b, tag)`` straight from the row at an
   address, which has happened after ``wait_for_copies()``, for the thread that calls it
+  ``keep_stored(place, x)`` and ``kept_stored(place, tag)`` are for an element as it is stored
 - ``itemsize(tag)``: the bytes of an element; ``lowest(like)``: the smallest finite number of a type
 - ``to_real(x)``: a number as it is stored as float32 or float64
+- ``to_stored(x, tag)``: a number as it is stored, rounded to nearest even
 - ``cast(x, like)``: x in the type of like
 - ``exp2(x)``: 2 to the power of x, in the type of x: of float32 the instruction, of which the relative error is 2^-22
 - ``is_single(like)``: whether a number is a float32, which the compiler knows
@@ -52,7 +54,9 @@ __all__ = [
     "is_single",
     "itemsize",
     "keep_async",
+    "keep_stored",
     "keep_words",
+    "kept_stored",
     "kept_words",
     "load_acquire",
     "load_octet",
@@ -70,6 +74,7 @@ __all__ = [
     "store_stored",
     "tag_of",
     "to_real",
+    "to_stored",
     "wait_for_copies",
     "words_of_octet",
 ]
@@ -88,7 +93,9 @@ if SIMULATOR:
         is_single,
         itemsize,
         keep_async,
+        keep_stored,
         keep_words,
+        kept_stored,
         kept_words,
         load_acquire,
         load_octet,
@@ -105,6 +112,7 @@ if SIMULATOR:
         store_real,
         store_stored,
         to_real,
+        to_stored,
         wait_for_copies,
         words_of_octet,
     )
@@ -120,7 +128,9 @@ else:
         is_single,
         itemsize,
         keep_async,
+        keep_stored,
         keep_words,
+        kept_stored,
         kept_words,
         load_acquire,
         load_octet,
@@ -137,6 +147,7 @@ else:
         store_real,
         store_stored,
         to_real,
+        to_stored,
         wait_for_copies,
         words_of_octet,
     )

@@ -58,6 +58,9 @@ class Address:
     def __add__(self, offset):
         return Address(self.memory, self.start, self.at + int(offset))
 
+    def __sub__(self, offset):
+        return self + -int(offset)
+
     def __and__(self, bits):
         return self.at & bits
 
@@ -137,6 +140,14 @@ def kept_words(place, gap, tag):
     return tuple(word for k in range(1 if tag.dtype.itemsize == 2 else 2) for word in _load_words(place + gap * k))
 
 
+def keep_stored(place, value):
+    store_stored(place, value)
+
+
+def kept_stored(place, tag):
+    return load_stored(place, tag)
+
+
 def add_release(address, value):
     with _atomic:
         count = address.bytes(4).view(np.int32)
@@ -162,7 +173,7 @@ def to_real(x):
     return np.float32(x) if isinstance(x, np.float16) else x
 
 
-def _from_real(x, like):
+def to_stored(x, like):
     if not isinstance(like, np.uint16 | np.float16):
         return cast(x, like)
     single = cast(x, np.float32(0))
@@ -183,7 +194,7 @@ def load_real(address, tag):
 
 
 def store_real(address, x, tag):
-    store_stored(address, _from_real(x, tag))
+    store_stored(address, to_stored(x, tag))
 
 
 def _reals(values):
@@ -205,7 +216,7 @@ def octet_of_words(words, tag):
 
 
 def words_of_octet(x, tag):
-    return tuple(np.array([_from_real(value, tag) for value in x]).view(np.uint32))
+    return tuple(np.array([to_stored(value, tag) for value in x]).view(np.uint32))
 
 
 def maxima_of_words(a, b, tag):
@@ -219,7 +230,7 @@ def load_octet(address, a, b, tag):
 
 
 def store_octet(address, a, b, x, tag):
-    values, size = [_from_real(value, tag) for value in x], tag.dtype.itemsize
+    values, size = [to_stored(value, tag) for value in x], tag.dtype.itemsize
     starts = {2: (a,), 4: (a, b), 8: (a, a + 2, b, b + 2)}[size]
     for k, start in enumerate(starts):
         count = 16 // size
