@@ -150,9 +150,10 @@ def test_much_of_little(using, dtype):
 def test_logits_far_from_0(using, of_student, of_teacher, dtype):
     """So far that the rounding of a maximum's exponent would show, or that none but the largest logit counts."""
     rng = np.random.default_rng(15)
+    steps = rng.integers(-3, 3, size=(2, 2, 300))
     s, t = (
-        (offset + np.spacing(dtype.type(abs(offset) + 4)).astype(F64) * rng.integers(-3, 3, size=(2, 300))).astype(dtype)
-        for offset in (of_student, of_teacher)
+        (offset + float(np.spacing(dtype.type(abs(offset) + 4))) * of_row).astype(dtype)
+        for offset, of_row in zip((of_student, of_teacher), steps, strict=True)
     )
     assert_kd(s, t, np.array([299, 7]), temperature=1.0)
     assert_kd(s, t, np.array([299, 7]), temperature=3.0)

@@ -142,10 +142,10 @@ def sweeps(parts: Any, wide: bool, term: Any = None, slope: Any = None) -> Sweep
     if wide:
 
         @device
-        def spend_one(x, y, above_one, maxima, rates, factors, softmaxes):
+        def spend_one_wide(x, y, above_one, maxima, rates, factors, softmaxes):
             return spend_one_with_care(x, y, above_one, references_of(maxima, rates), rates, factors, softmaxes)
 
-        return Sweeps(sums_of, weights_of, offsets_with_care, spend_with_care, spend_one)
+        return Sweeps(sums_of, weights_of, offsets_with_care, spend_with_care, spend_one_wide)
 
     quick_stages = stages(parts, False)
     spend_quickly, offsets_quickly = spending(careful=False), quick_stages.offsets
