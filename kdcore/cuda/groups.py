@@ -255,7 +255,7 @@ def group_kernel(parts, threads, resident):
         return block_maxima(maximum(m_s, cast(lowest(like), like)), maximum(m_t, cast(lowest(like), like)), shared)
 
     def gathering(careful):
-        """The function that adds a slice up by one of the ways: its sums, of which float64 is for one thread."""
+        """The functions that add a slice up by one of the ways, and make of what they find its sums."""
         sums_at, _, add_octet, settle, unit = stages(parts, careful)[:5]
 
         @cuda.jit(device=True)
@@ -284,10 +284,8 @@ def group_kernel(parts, threads, resident):
 
         return sums_of, settled
 
-    (gather_quickly, settle_quick), (gather_with_care, settle_careful) = (
-        gathering(careful=False),
-        gathering(careful=True),
-    )
+    gather_quickly, settle_quick = gathering(careful=False)
+    gather_with_care, settle_careful = gathering(careful=True)
 
     def spending(careful):
         """The function that writes a slice's gradient by one of the ways, but for what the label adds."""
@@ -419,9 +417,8 @@ def group_kernel(parts, threads, resident):
         octets = octets_of_slice(begin, end, adjacent)
         by_others = keep_slice(s, t, octets, begin, end, share, words, adjacent, like)
         scale = 0.0
-        if (
-            first
-        ):  # while the copies are under way, and while the logits are still there, whose place a gradient may take
+        # While the copies are under way, and before a gradient takes the place of the logits.
+        if first:
             scale = weight / load_stored(denominator, np.float64(0))
             if hard:
                 shared[1, 8] = load_real(s[0] + label * s[1], s[2])
