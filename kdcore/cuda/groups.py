@@ -393,11 +393,16 @@ def group_kernel(parts, threads, resident):
         first = cuda.threadIdx.x == 0
         weight = 0.0
         if first:
+            # Blocks mostly start in their order: so what is likely the row is read while the ticket is on its way.
+            likely = np.int64(cuda.blockIdx.x) // blocks
+            weight, label = weight_at(weights, likely), label_at(labels, likely)
             number = np.int64(add(counters, np.int32(1)))
-            about[0], about[1] = number // blocks, number % blocks
-            weight, about[5] = weight_at(weights, about[0]), label_at(labels, about[0])
-            masked, about[3], about[4] = masked_or_bad(labels, weights, ignore_index, about[5], weight, size)
-            about[2] = 1 if masked else 0
+            i = number // blocks
+            if i != likely:
+                weight, label = weight_at(weights, i), label_at(labels, i)
+            masked, code, detail = masked_or_bad(labels, weights, ignore_index, label, weight, size)
+            about[0], about[1], about[2] = i, number - i * blocks, 1 if masked else 0
+            about[3], about[4], about[5] = code, detail, label
         cuda.syncthreads()
         i, slice_, label = about[0], about[1], about[5]
         begin = slice_ * share
