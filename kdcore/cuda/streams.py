@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from numba import cuda
 
+from kdcore.cuda import direct
 from kdcore.cuda.libraries import Library, library_of
 from kdcore.cuda.memory import describe
 from kdcore.cuda.primitives import SIMULATOR
@@ -100,24 +101,53 @@ def queue_of(arrays: dict[str, Any], stream: Any) -> Queue:
     return Queue(stream_handle(stream), device, library, as_stream(stream))
 
 
+#: Nothing to do: it can be entered any number of times.
+_HERE = nullcontext()
+
+
 def on_device_of(stream: Any) -> Any:
     """A context in which the device of a queue is the current one."""
     device = as_queue(stream).device
-    return nullcontext() if device is None else cuda.gpus[device]
+    if device is None or (direct.bindings() is not None and direct.current_context() == direct.primary_context(device)):
+        return _HERE
+    return cuda.gpus[device]
 
 
 def _configured(kernel: Any, blocks: int, threads: int, stream: Any) -> Any:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Grid size")  # a batch is as small as it is
+        warnings.filterwarnings("ignore", message=".*Grid size")  # a batch is as small as it is; in bold, at times
         return kernel[blocks, threads, stream]
 
 
 if not SIMULATOR:  # whose kernels keep their last configuration in themselves
     _configured = functools.lru_cache(maxsize=512)(_configured)
 
+#: What has been launched, by context, kernel and types of parameters; None: what only Numba can launch.
+_functions: dict[Any, direct.Function | None] = {}
+#: Far more than a program has: it is only that memory does not grow for ever.
+_MOST_FUNCTIONS = 4096
+
 
 def launch(kernel: Any, blocks: int, threads: int, stream: Any, *arguments: Any) -> None:
-    """Run ``kernel`` with so many blocks; CUDA takes no grid without any, so none run for 0."""
-    if blocks > 0:
-        with on_device_of(stream):
-            _configured(kernel, blocks, threads, as_stream(stream))(*arguments)
+    """Run ``kernel`` with so many blocks; CUDA takes no grid without any, so none run for 0.
+
+    The arguments are numbers and tuples of numbers, the tuples of a kernel as long each time.
+    """
+    if blocks <= 0:
+        return
+    queue = as_queue(stream)
+    with on_device_of(queue):
+        if direct.bindings() is None:
+            _configured(kernel, blocks, threads, queue.stream)(*arguments)
+            return
+        values = direct.flat(arguments)
+        of = kernel, *map(type, values)
+        function = _functions.get((direct.current_context(), of))
+        if function is not None and function.launch(blocks, threads, queue.handle, values):
+            return
+        _configured(kernel, blocks, threads, queue.stream)(*arguments)
+        key = direct.current_context(), of  # there may have been none before
+        if key not in _functions:
+            if len(_functions) >= _MOST_FUNCTIONS:
+                _functions.clear()
+            _functions[key] = direct.function_of(kernel, arguments)
