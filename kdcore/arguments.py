@@ -168,7 +168,7 @@ def _name(dtype: np.dtype) -> str:
 
 def _array(engine: Engine, obj: Any, name: str) -> Any:
     try:
-        return engine.memory.as_array(obj)
+        return engine.as_array(obj)
     except KdcoreError as error:
         raise type(error)(f"{name}: {error}") from None
 
@@ -253,13 +253,13 @@ def _check_scale(engine: Engine, largest: float, divisor: float | None, check: b
 
 def as_output(engine: Engine, out: Any, shape: tuple[int, ...], itself: str | None, inputs: dict[str, Any]) -> Any:
     """``out``, checked: its shape and dtype, writable, and either the input ``itself`` or disjoint from every input."""
-    if isinstance(out, list | tuple) or np.isscalar(out):
+    if engine.on_host and (isinstance(out, list | tuple) or np.isscalar(out)):
         raise DTypeError(f"out must be an array, got {type(out).__name__}")
     array = _array(engine, out, "out")
     if _name(array.dtype) not in _LOGIT_DTYPES:
         raise DTypeError(f"out must be {', '.join(_LOGIT_DTYPES)}, got dtype {array.dtype}")
     check_same_shape(array.shape, "out", shape, "the result")
-    if not engine.memory.is_writable(out):
+    if not engine.memory.is_writable(out if engine.on_host else array):
         raise AliasError("out must be writable, got a read-only array")
     if _overlaps_itself(array):
         raise AliasError(f"out overlaps itself: shape {tuple(array.shape)}, strides {tuple(array.strides)}")
@@ -297,7 +297,7 @@ def at(name: str, lead: tuple[int, ...], row: int, column: int | None = None) ->
 
 def _mergeable(array: Any) -> bool:
     """Whether all dimensions but the last can be one, without a copy."""
-    if isinstance(array, np.ndarray) and array.flags.c_contiguous:
+    if array.ndim <= 2 or (isinstance(array, np.ndarray) and array.flags.c_contiguous):
         return True
     dims = [(n, stride) for n, stride in zip(tuple(array.shape)[:-1], tuple(array.strides)[:-1], strict=True) if n != 1]
     return 0 in tuple(array.shape) or all(

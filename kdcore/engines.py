@@ -37,6 +37,11 @@ def _modules(engine: str) -> tuple[Any, Any]:
 
 
 @cache
+def _streams() -> Any:
+    return import_module("kdcore.cuda.streams")
+
+
+@cache
 def _nothing(dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
     return np.empty(shape, dtype)
 
@@ -44,13 +49,20 @@ def _nothing(dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
 class Engine:
     """An engine's functions, its memory, and the value of its last parameter (threads or stream)."""
 
-    __slots__ = ("kernels", "memory", "on_host", "where")
+    __slots__ = ("_known", "kernels", "memory", "on_host", "where")
 
-    def __init__(self, name: str, where: Any) -> None:
+    def __init__(self, name: str, where: Any, known: Any = ()) -> None:
         self.kernels, self.memory = _modules(name)
         self.where = where
+        #: What has been found of the arrays of a call, by the identity of each.
+        self._known = {id(array.owner): array for array in known}
         #: Whether its arrays are NumPy's, whose values can be looked at without waiting.
         self.on_host = name == "cpu"
+
+    def as_array(self, obj: Any) -> Any:
+        """``obj`` as an array of the engine, without a copy where it is one."""
+        known = self._known.get(id(obj))
+        return self.memory.as_array(obj) if known is None or known.owner is not obj else known
 
     def empty(self, shape: Any, dtype: Any) -> Any:
         return self.memory.empty(shape, dtype, self.where)
@@ -111,8 +123,9 @@ def engine_of(arrays: dict[str, Any], threads: int | None, stream: Any) -> Engin
     if threads is not None:
         raise DomainError(f"threads={threads!r} is for host arrays; device arrays take stream")
     require_cuda()
-    streams = import_module("kdcore.cuda.streams")
-    return Engine("cuda", streams.queue_of({name: arrays[name] for name in device}, stream))
+    streams, given = _streams(), {name: arrays[name] for name in device}
+    found = streams.described(given, stream)
+    return Engine("cuda", streams.queue_of(given, stream, found), found.values())
 
 
 def _on_device(arrays: dict[str, Any]) -> list[str]:

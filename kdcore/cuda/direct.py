@@ -100,7 +100,7 @@ def flat(arguments: tuple[Any, ...]) -> list[Any]:
 
 
 @cache
-def _code(kind: type) -> str:
+def _code(kind: Any) -> str:
     """What ``struct`` calls the numbers of a type; Numba makes int64 and float64 of Python's."""
     if kind in (int, float):
         return "q" if kind is int else "d"

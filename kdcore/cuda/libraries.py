@@ -97,12 +97,16 @@ class Library:
 class _Torch(Library):
     def describe(self, obj: Any, stream: int) -> Description:
         dtype = _torch_dtype(obj.dtype)
-        shape, strides = tuple(obj.shape), tuple(step * dtype.itemsize for step in obj.stride())
+        itemsize = dtype.itemsize
+        shape, strides = tuple(obj.shape), tuple([step * itemsize for step in obj.stride()])
         address = _reachable(obj.data_ptr(), shape, strides, dtype)
         return Description(address, shape, strides, dtype, True, obj.device.index, None)
 
     def current_stream(self, device: int | None) -> int | None:
-        return int(sys.modules["torch"].cuda.current_stream(device).cuda_stream)
+        torch = sys.modules["torch"]
+        if device is not None and (handle := _current_stream_of_torch()) is not None:
+            return int(handle(device))
+        return int(torch.cuda.current_stream(device).cuda_stream)
 
     def empty(self, shape: Shape, dtype: np.dtype[Any], device: int | None, stream: int) -> Any:
         torch = sys.modules["torch"]
@@ -115,7 +119,15 @@ class _Torch(Library):
 
     def view(self, owner: Any, offset: int, shape: Shape, strides: Shape) -> Any:
         size = owner.element_size()
+        if shape == () and owner.dim() == 1:
+            return owner[offset // size]  # in half the time
         return owner.as_strided(shape, [stride // size for stride in strides], offset // size)
+
+
+@cache
+def _current_stream_of_torch() -> Any:
+    """The function that PyTorch's own compiler uses, which makes no object of the stream; None if there is none."""
+    return getattr(getattr(sys.modules["torch"], "_C", None), "_cuda_getCurrentRawStream", None)
 
 
 @cache
@@ -223,11 +235,16 @@ def library_of(obj: Any) -> Library:
     return _library_of_type(kind)
 
 
-def _reachable(address: int, shape: Shape, strides: Any, dtype: np.dtype[Any]) -> Any:
-    """An address; in the simulator, whose device is the host, what it takes for one."""
+@cache
+def _simulated() -> bool:
     from kdcore.cuda.primitives import SIMULATOR
 
-    if not SIMULATOR:
+    return SIMULATOR
+
+
+def _reachable(address: int, shape: Shape, strides: Any, dtype: np.dtype[Any]) -> Any:
+    """An address; in the simulator, whose device is the host, what it takes for one."""
+    if not _simulated():
         return address
     from kdcore.cuda.simulated import host_address
 

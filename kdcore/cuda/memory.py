@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -39,13 +40,15 @@ class DeviceArray:
     ``address`` and ``strides`` are in bytes, ``owner`` is the array of the caller or of the caller's library.
     """
 
-    __slots__ = ("address", "device", "dtype", "export", "owner", "shape", "stream", "strides", "writable")
+    __slots__ = ("address", "device", "dtype", "export", "owner", "shape", "stream", "strides", "whole", "writable")
 
     def __init__(self, description: Description, owner: Any) -> None:
-        self.address, self.shape, self.strides, self.dtype, self.writable, self.device, self.stream = description[:7]
-        #: What the memory was exported by, which keeps it as long as it is.
-        self.export = description.export
+        self.address, self.shape, self.strides, self.dtype, self.writable, self.device, self.stream, self.export = (
+            description  # the export, if there is one, keeps the memory as long as it is
+        )
         self.owner = owner
+        #: Where the owner is, of which this may be a view.
+        self.whole = description[:3]
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -63,13 +66,16 @@ class DeviceArray:
         return math.prod(self.shape)
 
     def _view(self, address: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> DeviceArray:
-        description = Description(
-            address, shape, strides, self.dtype, self.writable, self.device, self.stream, self.export
-        )
-        return DeviceArray(description, self.owner)
+        view = DeviceArray.__new__(DeviceArray)
+        view.address, view.shape, view.strides, view.dtype = address, shape, strides, self.dtype
+        view.writable, view.device, view.stream, view.export = self.writable, self.device, self.stream, self.export
+        view.owner, view.whole = self.owner, self.whole
+        return view
 
     def __getitem__(self, key: Any) -> DeviceArray:
         """A view, by integers and slices of the first dimensions."""
+        if type(key) is int and 0 <= key < self.shape[0]:  # what each call does some times
+            return self._view(self.address + key * self.strides[0], self.shape[1:], self.strides[1:])
         offset, shape, strides = 0, [], []
         keys = key if isinstance(key, tuple) else (key,)
         for k, n, stride in zip(keys, self.shape, self.strides, strict=False):
@@ -87,6 +93,8 @@ class DeviceArray:
         """A view in another shape, of dimensions that can be merged without a copy."""
         wanted = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
         if wanted == (-1,):
+            if len(self.shape) == 1:
+                return self
             wanted = (self.size,)
         step = _common_step(self)
         if step is None:
@@ -110,13 +118,13 @@ def _common_step(array: DeviceArray) -> int | None:
 
 def as_array(obj: Any) -> DeviceArray:
     """``obj`` as a :class:`DeviceArray`, without a copy and without waiting for any stream."""
-    if type(obj) is DeviceArray:
-        return obj
     return describe(obj, 0)
 
 
 def describe(obj: Any, stream: int) -> DeviceArray:
     """As :func:`as_array`, of an array that is to be used on the stream of that handle."""
+    if type(obj) is DeviceArray:
+        return obj
     if not owns(obj):
         raise DTypeError(f"expected an array on a CUDA device, got {type(obj).__name__}")
     library = library_of(obj)
@@ -130,6 +138,8 @@ def is_writable(obj: Any) -> bool:
 
 def as_rows(array: DeviceArray) -> DeviceArray:
     """A view [B, V] of an array [..., V] whose leading dimensions merge."""
+    if len(array.shape) == 2 and array.shape[0] != 1:
+        return array
     *lead, width = array.shape
     *strides, last = array.strides
     step = next((stride for n, stride in zip(lead[::-1], strides[::-1], strict=True) if n != 1), width * last)
@@ -146,15 +156,22 @@ def scratch(shape: Any, dtype: Any, stream: Any) -> DeviceArray:
     return _made("scratch", shape, dtype, stream)
 
 
-def _made(how: str, shape: Any, dtype: Any, stream: Any) -> DeviceArray:
-    from kdcore.cuda.streams import as_queue
+@cache
+def _streams() -> Any:
+    """The module, which imports this one, and Numba."""
+    from kdcore.cuda import streams
 
-    queue = as_queue(stream)
+    return streams
+
+
+def _made(how: str, shape: Any, dtype: Any, stream: Any) -> DeviceArray:
+    queue = _streams().as_queue(stream)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     owner = getattr(queue.library, how)(shape, np.dtype(dtype), queue.device, queue.handle)
     return DeviceArray(library_of(owner).describe(owner, queue.handle), owner)
 
 
+@lru_cache(maxsize=64)
 def nothing(dtype: Any, shape: tuple[int, ...] = (0,)) -> DeviceArray:
     """An array without elements, which takes no memory."""
     dtype = np.dtype(dtype)
@@ -186,15 +203,12 @@ def to_device(array: Any, stream: Any) -> DeviceArray:
 
 def hand_over(array: DeviceArray, stream: Any) -> Any:
     """A result as an array of the library that it was allocated by."""
-    from kdcore.cuda.streams import as_queue
-
-    library, owner = library_of(array.owner), array.owner
-    queue = as_queue(stream)
+    queue = _streams().as_queue(stream)
     queue.library.finish(queue.handle)
-    base = library.describe(owner, 0)
-    if (array.address, array.shape, array.strides) == (base.address, base.shape, base.strides):
-        return owner
-    return library.view(owner, int(array.address) - int(base.address), array.shape, array.strides)
+    if (array.address, array.shape, array.strides) == array.whole:
+        return array.owner
+    offset = int(array.address) - int(array.whole[0])
+    return library_of(array.owner).view(array.owner, offset, array.shape, array.strides)
 
 
 def to_host(array: Any) -> np.ndarray:
@@ -216,11 +230,14 @@ def to_host(array: Any) -> np.ndarray:
 
 def _bounds(array: DeviceArray) -> tuple[int, int]:
     """The first byte of an array and the one after its last, from the address of its first element."""
-    low = high = 0
+    low, high = 0, int(array.dtype.itemsize)
     for extent, stride in zip(array.shape, array.strides, strict=True):
         reach = (extent - 1) * stride
-        low, high = low + min(reach, 0), high + max(reach, 0)
-    return low, high + array.dtype.itemsize
+        if reach < 0:
+            low += reach
+        else:
+            high += reach
+    return low, high
 
 
 def overlaps(a: DeviceArray, b: DeviceArray) -> bool:

@@ -22,6 +22,7 @@ from functools import cache
 from typing import NamedTuple
 
 from kdcore.checks import choice, integer
+from kdcore.cuda.direct import current_device
 from kdcore.cuda.primitives import SIMULATOR
 from kdcore.errors import DeviceUnavailableError, DomainError, DTypeError
 
@@ -99,9 +100,7 @@ def _of_device(name: str) -> int:
     """An attribute of the current device."""
     if SIMULATOR:
         return _SIMULATED[name]
-    from numba import cuda
-
-    return _attribute(cuda.get_current_device().id, name)
+    return _attribute(current_device(), name)
 
 
 def require_bfloat16() -> None:

@@ -11,11 +11,21 @@ from numba import cuda
 
 from kdcore.cuda import direct
 from kdcore.cuda.libraries import Library, library_of
-from kdcore.cuda.memory import describe
+from kdcore.cuda.memory import DeviceArray, describe
 from kdcore.cuda.primitives import SIMULATOR
 from kdcore.errors import DeviceMismatchError, DTypeError
 
-__all__ = ["Queue", "as_queue", "as_stream", "launch", "on_device_of", "queue_of", "stream_handle", "synchronize"]
+__all__ = [
+    "Queue",
+    "as_queue",
+    "as_stream",
+    "described",
+    "launch",
+    "on_device_of",
+    "queue_of",
+    "stream_handle",
+    "synchronize",
+]
 
 _NUMBA = Library()
 
@@ -81,12 +91,20 @@ def as_queue(stream: Any) -> Queue:
     return Queue(stream_handle(stream), None, _NUMBA, as_stream(stream))
 
 
-def queue_of(arrays: dict[str, Any], stream: Any) -> Queue:
+def described(arrays: dict[str, Any], stream: Any) -> dict[str, DeviceArray]:
+    """What is known of device arrays, by name, that a call is to use on a stream."""
+    handle = stream_handle(stream)
+    return {name: describe(obj, handle) for name, obj in arrays.items() if obj is not None}
+
+
+def queue_of(arrays: dict[str, Any], stream: Any, found: dict[str, DeviceArray] | None = None) -> Queue:
     """The queue of a call with these device arrays, by name, the first being the one whose library counts.
 
-    Without a ``stream``, it is the one that the library's user is on, else the one that an array was made on.
+    Without a ``stream``, it is the one that the library's user is on, else the one that an array was made on. ``found``
+    is what :func:`described` says of the arrays, if that is known.
     """
-    found = {name: describe(obj, stream_handle(stream)) for name, obj in arrays.items() if obj is not None}
+    if found is None:
+        found = described(arrays, stream)
     devices = {name: array.device for name, array in found.items() if array.device is not None}
     if len(set(devices.values())) > 1:
         places = ", ".join(f"{name} on device {device}" for name, device in devices.items())
@@ -136,18 +154,17 @@ def launch(kernel: Any, blocks: int, threads: int, stream: Any, *arguments: Any)
     if blocks <= 0:
         return
     queue = as_queue(stream)
-    with on_device_of(queue):
-        if direct.bindings() is None:
-            _configured(kernel, blocks, threads, queue.stream)(*arguments)
-            return
-        values = direct.flat(arguments)
-        of = kernel, *map(type, values)
-        function = _functions.get((direct.current_context(), of))
+    values = direct.flat(arguments)
+    context = direct.current_context()
+    if context and (queue.device is None or context == direct.primary_context(queue.device)):
+        function = _functions.get((context, kernel, *map(type, values)))
         if function is not None and function.launch(blocks, threads, queue.handle, values):
             return
+    with on_device_of(queue):
         _configured(kernel, blocks, threads, queue.stream)(*arguments)
-        key = direct.current_context(), of  # there may have been none before
-        if key not in _functions:
-            if len(_functions) >= _MOST_FUNCTIONS:
-                _functions.clear()
-            _functions[key] = direct.function_of(kernel, arguments)
+        if direct.bindings() is not None:
+            key = direct.current_context(), kernel, *map(type, values)  # there may have been no context before
+            if key not in _functions:
+                if len(_functions) >= _MOST_FUNCTIONS:
+                    _functions.clear()
+                _functions[key] = direct.function_of(kernel, arguments)
