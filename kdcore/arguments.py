@@ -276,8 +276,13 @@ def as_output(engine: Engine, out: Any, shape: tuple[int, ...], itself: str | No
 
 def _overlaps_itself(array: Any) -> bool:
     """Whether two elements may share bytes: some stride does not step over all that smaller strides reach."""
-    reach = array.dtype.itemsize
-    for stride, n in sorted((abs(stride), n) for stride, n in zip(array.strides, array.shape, strict=True) if n > 1):
+    return _layout_overlaps(tuple(array.shape), tuple(array.strides), array.dtype.itemsize)
+
+
+@lru_cache(maxsize=256)
+def _layout_overlaps(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    reach = itemsize
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(strides, shape, strict=True) if n > 1):
         if stride < reach:
             return True
         reach += stride * (n - 1)

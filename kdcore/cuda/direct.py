@@ -73,7 +73,8 @@ def primary_context(device: int) -> int:
     """The address of the context that Numba, and every other library, uses on a device."""
     from numba import cuda
 
-    return int(cuda.gpus[device].get_primary_context().handle)
+    with cuda.gpus[device]:  # what Numba has of it is an object of another type in each version
+        return current_context()
 
 
 def current_device() -> int:
@@ -99,7 +100,6 @@ def flat(arguments: tuple[Any, ...]) -> list[Any]:
     return values
 
 
-@cache
 def _code(kind: Any) -> str:
     """What ``struct`` calls the numbers of a type; Numba makes int64 and float64 of Python's."""
     if kind in (int, float):

@@ -228,10 +228,11 @@ def to_host(array: Any) -> np.ndarray:
         return view.copy_to_host().view(array.dtype)
 
 
-def _bounds(array: DeviceArray) -> tuple[int, int]:
+@lru_cache(maxsize=256)
+def _bounds(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
     """The first byte of an array and the one after its last, from the address of its first element."""
-    low, high = 0, int(array.dtype.itemsize)
-    for extent, stride in zip(array.shape, array.strides, strict=True):
+    low, high = 0, itemsize
+    for extent, stride in zip(shape, strides, strict=True):
         reach = (extent - 1) * stride
         if reach < 0:
             low += reach
@@ -242,9 +243,10 @@ def _bounds(array: DeviceArray) -> tuple[int, int]:
 
 def overlaps(a: DeviceArray, b: DeviceArray) -> bool:
     """Whether the byte ranges of two arrays intersect."""
-    if not a.size or not b.size:
+    if 0 in a.shape or 0 in b.shape:
         return False
-    (low_a, high_a), (low_b, high_b) = _bounds(a), _bounds(b)
+    low_a, high_a = _bounds(a.shape, a.strides, a.dtype.itemsize)
+    low_b, high_b = _bounds(b.shape, b.strides, b.dtype.itemsize)
     apart = int(b.address) - int(a.address)
     return low_a < apart + high_b and apart + low_b < high_a
 
