@@ -8,6 +8,7 @@ Importing this package needs neither a GPU nor numba-cuda; its functions need a 
 (``NUMBA_ENABLE_CUDASIM=1``). :func:`kdcore.cuda.presence.available` says which is missing.
 """
 
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -27,10 +28,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+@cache
+def _launchers() -> Any:
     # On first use, because numba.cuda takes a quarter of a second to import and can fail to.
+    return import_module("kdcore.cuda.launch")
+
+
+def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module("kdcore.cuda.launch"), name)
+        return getattr(_launchers(), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
