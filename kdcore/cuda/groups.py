@@ -45,7 +45,6 @@ from kdcore.cuda.primitives import (
     load_acquire,
     load_real,
     load_stored,
-    lowest,
     maxima_of_words,
     maximum,
     octet_of_words,
@@ -69,6 +68,7 @@ from kdcore.cuda.rows import (
     octet_of,
     warp_maximum,
     warp_total,
+    way_of,
     whole_octets,
     write_octet,
 )
@@ -238,8 +238,8 @@ def group_kernel(parts, threads, resident):
         return x, y
 
     @cuda.jit(device=True)
-    def maxima_of(octets, share, words, tags, like, shared):
-        """The maxima of a slice, which is kept."""
+    def tops_of(octets, share, words, tags, like):
+        """The maxima of a thread's octets, which are kept; -inf if there are none."""
         place_s, place_t, next_s, next_t = places_of(words, share, tags)
         none = cast(-math.inf, like)
         low = none, none, none, none, none, none, none, none
@@ -250,42 +250,31 @@ def group_kernel(parts, threads, resident):
             if soft:
                 top_t = maxima_of_words(top_t, kept_words(place_t, half, tags[1]), tags[1])
                 place_t += next_t
-        m_s, m_t = largest(octet_of_words(top_s, tags[0])), largest(octet_of_words(top_t, tags[1]))
-        # Of a slice without support, a number that scaled logits may be relative to.
-        return block_maxima(maximum(m_s, cast(lowest(like), like)), maximum(m_t, cast(lowest(like), like)), shared)
+        return largest(octet_of_words(top_s, tags[0])), largest(octet_of_words(top_t, tags[1]))
 
     def gathering(careful):
-        """The functions that add a slice up by one of the ways, and make of what they find its sums."""
+        """The function that returns a slice's maxima and sums by one of the ways."""
         sums_at, _, add_octet, settle, unit = stages(parts, careful)[:5]
+        floor = way_of(careful).floor
 
         @cuda.jit(device=True)
-        def sums_of(octets, share, words, maxima, rates, tags, shared):
-            """(z_s, z_h, z_t, w) as they come, for :func:`settled`."""
+        def sums_of(tops, octets, share, words, rates, tags, like, shared):
             place_s, place_t, next_s, next_t = places_of(words, share, tags)
-            sums = sums_at(maxima, rates)
+            # A thread's maxima come first, so that no sum is to be rescaled, but wait for no other thread's.
+            sums = sums_at((maximum(tops[0], floor(like)), maximum(tops[1], floor(like))), rates)
             for _ in range(octets[3]):
                 x, y = kept(place_s, place_t, tags)
                 sums = add_octet(sums, x, y, rates)
                 place_s += next_s
                 place_t += next_t
-            _, _, z_s, low_s, z_h, low_h, _, _, z_t, low_t, w, low_w = sums
-            return block_sums(
-                np.float64(z_s) + np.float64(low_s), np.float64(z_h) + np.float64(low_h),
-                np.float64(z_t) + np.float64(low_t), np.float64(w) + np.float64(low_w), shared,
-            )  # fmt: skip
-
-        @device
-        def settled(maxima, z_s, z_h, z_t, w, rates, like):
-            """The same relative to the slice's maxima."""
-            m_s, r_s, _, _, _, _, m_t, r_t, _, _, _, _ = sums_at(maxima, rates)
-            sums = m_s, r_s, z_s, 0.0, z_h, 0.0, m_t, r_t, z_t, 0.0, w, 0.0
+            maxima = block_maxima(sums[0], sums[6], shared)
             z_s, z_h, z_t, w = settle(sums, maxima, rates, like)
-            return z_s, z_h, z_t, w * unit(rates[4])
+            z_s, z_h, z_t, w = block_sums(z_s, z_h, z_t, w, shared)
+            return maxima, z_s, z_h, z_t, w * unit(rates[4])
 
-        return sums_of, settled
+        return sums_of
 
-    gather_quickly, settle_quick = gathering(careful=False)
-    gather_with_care, settle_careful = gathering(careful=True)
+    gather_quickly, gather_with_care = gathering(careful=False), gathering(careful=True)
 
     def spending(careful):
         """The function that writes a slice's gradient by one of the ways, but for what the label adds."""
@@ -432,11 +421,11 @@ def group_kernel(parts, threads, resident):
         wait_for_copies()
         if by_others:
             cuda.syncthreads()
-        maxima = maxima_of(octets, share, words, tags, like, shared)
-        z_s, z_h, z_t, w = gather_quickly(octets, share, words, maxima, rates, tags, shared)
-        careful, bad = no_good(maxima, z_s, z_t, w, rates), np.int64(2 * size)
-        if careful:
-            z_s, z_h, z_t, w = gather_with_care(octets, share, words, maxima, rates, tags, shared)
+        tops = tops_of(octets, share, words, tags, like)
+        maxima, z_s, z_h, z_t, w = gather_quickly(tops, octets, share, words, rates, tags, like, shared)
+        bad = np.int64(2 * size)
+        if no_good(maxima, z_s, z_t, w, rates):
+            maxima, z_s, z_h, z_t, w = gather_with_care(tops, octets, share, words, rates, tags, like, shared)
             if math.isnan(z_s):
                 bad = first_bad_class(s, begin, end, shared)
             elif soft and math.isnan(z_t):
@@ -444,10 +433,6 @@ def group_kernel(parts, threads, resident):
 
         row = published + 8 * PUBLISHED * blocks * i
         if first:
-            if careful:
-                z_s, z_h, z_t, w = settle_careful(maxima, z_s, z_h, z_t, w, rates, like)
-            else:
-                z_s, z_h, z_t, w = settle_quick(maxima, z_s, z_h, z_t, w, rates, like)
             publish(row + 8 * PUBLISHED * slice_, maxima, z_s, z_h, z_t, w, np.float64(bad))
             arrived = counters + 4 * (1 + i)
             add_release(arrived, np.int32(1))
