@@ -3,8 +3,8 @@
 The **row kernel** has one block a row, which reads the row twice: first for maxima and sums, then, backwards, for the
 gradient. That is one read of memory as long as the rows that all multiprocessors work on at a time stay in the second
 level cache. The **group kernel** has one or several blocks a row, each of which keeps its slice in shared memory, so
-that every logit is read once. On an H200 it is the faster one from a few thousand classes on, also where the cache
-would do (benchmarks/LOG.md). It needs room for several blocks on a multiprocessor, which wait for each other in turn.
+that every logit is read once. On an H200 it is the faster one at 32,768 classes and beyond, also where the cache would
+do (benchmarks/LOG.md). It needs room for several blocks on a multiprocessor, which wait for each other in turn.
 
 The choice depends on the classes, the dtypes and the device, not on the number of rows: a row's result is the same, bit
 by bit, in whatever batch it comes. :func:`explain` says it in words, :func:`using` overrides it::
@@ -33,7 +33,8 @@ _WARP = 32
 _OCTET = 8
 #: What of the second level cache the rows of all multiprocessors may take.
 _SHARE_OF_CACHE = 0.75
-#: From so many classes on, a block of the group kernel has enough to do; and so many blocks hide what others wait for.
+#: From so many classes on a block of the group kernel has four octets a thread to do (not measured below 32,768); and so
+#: many blocks hide what others wait for.
 _GROUP_FROM = 4096
 _ENOUGH_BLOCKS = 4
 _ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
