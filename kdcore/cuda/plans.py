@@ -33,7 +33,7 @@ _WARP = 32
 _OCTET = 8
 #: What of the second level cache the rows of all multiprocessors may take.
 _SHARE_OF_CACHE = 0.75
-#: From so many classes on a block of the group kernel has four octets a thread to do (not measured below 32,768); and so
+#: From so many classes on a block of the group kernel has four octets a thread to do (measured from 32,768 on); and so
 #: many blocks hide what others wait for.
 _GROUP_FROM = 4096
 _ENOUGH_BLOCKS = 4
