@@ -96,11 +96,14 @@ primitives.__getattr__ = lambda name: njit(lambda: None)  # what moves data, whi
 sys.modules["kdcore.cuda.primitives"] = primitives
 
 from kdcore.cuda.distillation import parts_of, questions, rates_of, stages  # noqa: E402
+from kdcore.cuda.rows import way_of  # noqa: E402
 
 
 def kernel(parts, careful):
-    no_sums, gather, settle, unit, references_of, offsets_of, _, spend, spend_one = stages(parts, careful)
-    large, no_good = questions(parts)
+    (sums_at, raise_maxima, add_octet, settle, unit, references_of, offsets_of, _, spend, spend_one) = stages(
+        parts, careful
+    )
+    floor, no_good = way_of(careful).floor, questions(parts).no_good
 
     @njit
     def octet(x, a):
@@ -110,10 +113,11 @@ def kernel(parts, careful):
     def run(s, t, label, temperature, alpha, rates, threads, gradient):
         """One row by so many threads, each with every so-many-th octet: its sums, and whether they are no good."""
         like = np.float32(0)
-        sums = [no_sums(rates, like) for _ in range(threads)]
+        sums = [sums_at((floor(like), floor(like)), rates) for _ in range(threads)]
         for a in range(0, s.size, 8):
             thread = a // 8 % threads
-            sums[thread] = gather(sums[thread], octet(s, a), octet(t, a), rates)
+            x, y = octet(s, a), octet(t, a)
+            sums[thread] = add_octet(raise_maxima(sums[thread], x, y, rates), x, y, rates)
         m_s, m_t = sums[0][0], sums[0][6]
         for one in sums:
             m_s, m_t = max(m_s, one[0]), max(m_t, one[6])

@@ -34,7 +34,8 @@ _FUNCTION = re.compile(r'subgraph "cluster_(.+)" {')
 _BLOCK = re.compile(r'"(.+)"')
 _LABEL = re.compile(r'\[label="\{(.*)\}"\]')
 _EDGE = re.compile(r'"([^"]+)"\S* -> "([^"]+)"\S* \[.*\];')
-_OPCODE = re.compile(r"(?:(?<=\\l)|(?<=>))(?:\\ )+(?:@!?U?P\w+(?:\\ )+)?([A-Z][A-Z0-9_.]*)")
+#: Without instructions under ``@!PT``, which is never true: the assembler puts them where it needs time.
+_OPCODE = re.compile(r"(?:(?<=\\l)|(?<=>))(?:\\ )+(?:@(?!!U?PT\\)!?U?P\w+(?:\\ )+)?([A-Z][A-Z0-9_.]*)")
 
 
 def functions_of(cubin):

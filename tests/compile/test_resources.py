@@ -4,11 +4,20 @@
 ``tox -e compile`` installs; a kernel that takes more fails. ``python tests/compile/test_resources.py`` prints a table,
 ``--record`` writes the file.
 
-A **main loop** is an innermost one that reads rows by 16 bytes. It is of one of these kinds:
+A **main loop** is an innermost one that reads rows by 16 bytes, from global memory or, in the group kernel, from shared
+memory. It is of one of these kinds:
 
-- copy: from global to shared memory, asynchronously
-- gather: sums of the row; gather with rest: also of octets that are read one by one
-- spend: the gradient or the output is written; spend with rest: one by one
+- copy: of one row from global to shared memory, asynchronously
+- maxima: of what is kept there, without an exponential
+- gather: sums of the row; in the row kernels also maxima, so that exponentials rescale what was added up before
+- spend: the gradient or the output is written
+- spend in place: the gradient takes the place of logits in shared memory, which is for rows that are not aligned
+
+A loop that also reads or writes narrowly is one **with rest**: at a row's end, classes are taken one by one. Loops that
+do nothing but that, for rows that are not aligned and for the careful way of the row kernel of KD, are no main ones.
+
+Where two loops of a kind are expected, they are of the quick and of the careful way, or, of copies, of both rows.
+Figures are those of the loop with the fewest instructions.
 """
 
 import json
@@ -39,10 +48,12 @@ RECORDED = Path(__file__).with_name("resources.json")
 
 
 class Loop(NamedTuple):
-    """What a main loop has for an octet: exponentials a class, and those by which sums are rescaled."""
+    """What main loops of a kind have for an octet: exponentials a class, and those by which sums are rescaled."""
 
     exponentials: int
     rescalings: int = 0
+    #: How many there are, not counting those that are others unrolled.
+    loops: int = 1
 
 
 class Case(NamedTuple):
@@ -50,8 +61,9 @@ class Case(NamedTuple):
 
     kernels: dict[tuple[int, int], Any]
     signature: tuple[Any, ...]
-    #: Bytes of a class of all rows that a loop reads.
-    itemsizes: int
+    #: Bytes of an element, and the rows that a loop reads.
+    itemsize: int
+    rows: int
     loops: dict[str, Loop]
     wide: bool = False
 
@@ -63,9 +75,10 @@ def _cases():
         devices = [capability for capability in everywhere if capability != OLDEST or stored != "bfloat16"]
         itemsize = 4 if stored == "float32" else 2
         for name in ("softmax", "log_softmax"):
-            loops = {"gather": Loop(1, 1), "spend": Loop(1 if name == "softmax" else 0)}
+            spend = Loop(1, loops=2) if name == "softmax" else Loop(0)
+            loops = {"gather": Loop(1, 1, loops=2), "spend": spend}
             kernel = dict.fromkeys(devices, kernels.row_kernel(name, False))
-            yield f"{name} {stored}", Case(kernel, row_signature(stored, stored), itemsize, loops)
+            yield f"{name} {stored}", Case(kernel, row_signature(stored, stored), itemsize, 1, loops)
         signature = kd_signature(stored, stored, stored)
         for name, alpha, temperature, rows, exponentials in (
             ("soft", 0.0, 2.0, 2, 2),
@@ -76,22 +89,28 @@ def _cases():
             parts = parts_of(alpha, temperature)
             loops = {"gather": Loop(exponentials, exponentials), "spend": Loop(exponentials)}
             kernel = dict.fromkeys(devices, kernels.kd_kernel(parts, None, None, False))
-            yield f"forward_kl {stored}, {name}", Case(kernel, signature, rows * itemsize, loops)
-            if name.startswith("both") and stored != "float16":
-                kernel = {
-                    capability: groups.group_kernel(parts, groups.MOST_THREADS, RESIDENT[capability])
-                    for capability in CAPABILITIES
-                }
-                loops = {"copy": Loop(0), **loops, "spend with rest": Loop(exponentials)}
-                case = Case(kernel, group_signature(stored, stored, stored), rows * itemsize, loops)
-                yield f"forward_kl {stored}, {name}, group", case
+            yield f"forward_kl {stored}, {name}", Case(kernel, signature, itemsize, rows, loops)
+            kernel = {
+                capability: groups.group_kernel(parts, groups.MOST_THREADS, RESIDENT[capability])
+                for capability in CAPABILITIES
+            }
+            loops = {
+                "copy": Loop(0, loops=rows),
+                "maxima": Loop(0),
+                "gather": Loop(exponentials, loops=2),
+                "spend": Loop(exponentials),
+                "spend with rest": Loop(exponentials, loops=2),
+                "spend in place": Loop(exponentials, loops=2),
+            }
+            case = Case(kernel, group_signature(stored, stored, stored), itemsize, rows, loops)
+            yield f"forward_kl {stored}, {name}, group", case
     for name in NAMES[1:]:
         divergence = as_divergence(name)
         kernel = kernels.kd_kernel(parts_of(0.3, 2.0), divergence.term, divergence.slope, True)
         # In float64 an exponential is no instruction.
         loops = {"gather": Loop(0), "gather with rest": Loop(0), "spend": Loop(0)}
         signature = kd_signature("float32", "float32", "float32", True)
-        yield f"{name} float32", Case(dict.fromkeys(CAPABILITIES, kernel), signature, 8, loops, wide=True)
+        yield f"{name} float32", Case(dict.fromkeys(CAPABILITIES, kernel), signature, 4, 2, loops, wide=True)
 
 
 CASES = dict(_cases())
@@ -113,18 +132,31 @@ def _is_wide_read(opcode):
 
 
 def _is_narrow(opcode):
-    return 0 < width_of(opcode, "LD", "LDG", "LDGSTS", "ST", "STG") < 128
+    return 0 < width_of(opcode, "LD", "LDG", "LDGSTS", "LDS", "ST", "STG", "STS") < 128
 
 
-def main_loops(loops, itemsizes):
+def _kind_of(loop):
+    def has(*names):
+        return any(width_of(opcode, *names) for opcode in loop)
+
+    if has("LDGSTS"):
+        return "copy"
+    if has("ST", "STG"):
+        return "spend"
+    if has("STS"):
+        return "spend in place"
+    has_maxima = any(opcode.startswith(("FMNMX", "HMNMX2", "VHMNMX")) for opcode in loop)
+    return "maxima" if has_maxima and not loop["MUFU.EX2"] else "gather"
+
+
+def main_loops(loops, itemsize, rows):
     """Those of loops that are main ones."""
     for loop in loops:
         wide = sum(count for opcode, count in loop.items() if _is_wide_read(opcode))
         if wide:
-            kind = "spend" if any(width_of(opcode, "ST", "STG") for opcode in loop) else "gather"
-            kind = "copy" if any(width_of(opcode, "LDGSTS") for opcode in loop) else kind
-            rest = " with rest" if any(map(_is_narrow, loop)) else ""
-            yield Found(kind + rest, wide / (itemsizes / 2), loop)
+            kind = _kind_of(loop)
+            octets = wide / (itemsize / 2) / (1 if kind == "copy" else rows)
+            yield Found(kind + (" with rest" if any(map(_is_narrow, loop)) else ""), octets, loop)
 
 
 def measured(name, capability):
@@ -142,9 +174,13 @@ def measured(name, capability):
     if local := sorted(opcode for opcode in opcodes if width_of(opcode, "LDL", "STL")):
         faults.append(f"local memory: {', '.join(local)}")
     loops = [loop for function in functions.values() for loop in innermost_loops(function)]
-    found = list(main_loops(loops, case.itemsizes))
-    if {loop.kind for loop in found} != case.loops.keys():
-        faults.append(f"main loops {[loop.kind for loop in found]}, not {list(case.loops)}")
+    found = list(main_loops(loops, case.itemsize, case.rows))
+    # One that is unrolled for more than two octets has another beside it, for those that are left.
+    kinds = dict.fromkeys(loop.kind for loop in found)
+    counts = {kind: sum(loop.kind == kind and loop.octets <= 2 for loop in found) for kind in kinds}
+    expected_counts = {kind: loop.loops for kind, loop in case.loops.items()}
+    if counts != expected_counts:
+        faults.append(f"main loops {counts}, not {expected_counts}")
     for loop in found:
         exponentials = loop.count("MUFU.EX2".__eq__)
         if loop.kind in case.loops:
@@ -153,7 +189,6 @@ def measured(name, capability):
                 faults.append(
                     f"{exponentials} exponentials in {loop.kind} for {loop.octets:g} octets, not {expected:g}"
                 )
-        # Of an unrolled loop and its rest, the former.
         instructions = round(loop.count(bool) / loop.octets, 1)
         if instructions < figures.get(loop.kind, (float("inf"),))[0]:
             figures[loop.kind] = instructions, exponentials / loop.octets
@@ -167,11 +202,11 @@ def measured(name, capability):
 
 
 def exceeded(figures, recorded):
-    """In words, what is more than was recorded."""
+    """In words, what is more than was recorded; of a kind of loop that should not be there, nothing was."""
     return [
         f"{value} {'' if name == 'registers' else 'instructions an octet in '}{name}, recorded were {recorded[name]}"
         for name, value in figures.items()
-        if value > recorded[name]
+        if value > recorded.get(name, float("inf"))
     ]
 
 
