@@ -881,7 +881,7 @@ def part_variants(task: Task) -> None:
         task.note(f"{list(data.shape)} {dtype}", explain(V, dtype))
         yield kdcore_contender(data, objective, "as chosen")
         yield triad_contender(data)
-        options: list[dict[str, Any]] = [{"kernel": "row", "threads": threads} for threads in (256, 512, 1024)]
+        options: list[dict[str, Any]] = [{"kernel": "row", "threads": threads} for threads in (128, 256, 512)]
         options += [{"kernel": "group"}, *({"kernel": "group", "threads": threads} for threads in (64, 96))]
         with contextlib.suppress(DomainError), planned(kernel="group"):
             needed = int(re.findall(r"(\d+) blocks?", explain(V, dtype))[0])

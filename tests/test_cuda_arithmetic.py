@@ -96,14 +96,13 @@ primitives.__getattr__ = lambda name: njit(lambda: None)  # what moves data, whi
 sys.modules["kdcore.cuda.primitives"] = primitives
 
 from kdcore.cuda.distillation import parts_of, questions, rates_of, stages  # noqa: E402
-from kdcore.cuda.rows import way_of  # noqa: E402
 
 
 def kernel(parts, careful):
-    (sums_at, raise_maxima, add_octet, settle, unit, references_of, offsets_of, _, spend, spend_one) = stages(
+    floors, sums_at, raise_maxima, add_octet, settle, unit, references_of, offsets_of, _, spend, spend_one = stages(
         parts, careful
     )
-    floor, no_good = way_of(careful).floor, questions(parts).no_good
+    no_good = questions(parts).no_good
 
     @njit
     def octet(x, a):
@@ -113,7 +112,7 @@ def kernel(parts, careful):
     def run(s, t, label, temperature, alpha, rates, threads, gradient):
         """One row by so many threads, each with every so-many-th octet: its sums, and whether they are no good."""
         like = np.float32(0)
-        sums = [sums_at((floor(like), floor(like)), rates) for _ in range(threads)]
+        sums = [sums_at(floors(rates, like), rates) for _ in range(threads)]
         for a in range(0, s.size, 8):
             thread = a // 8 % threads
             x, y = octet(s, a), octet(t, a)
@@ -138,7 +137,7 @@ def kernel(parts, careful):
                 gradient[a + k] = g[k]
         above_one = np.float32(z_h / of_h)
         gradient[label] = spend_one(s[label], t[label], above_one, references, rates, factors, softmaxes)
-        return w, z_s, z_h, z_t, m_s, no_good(maxima, z_s, z_t, w, rates)
+        return w, z_s, z_h, z_t, m_s, no_good(maxima, z_s, z_h, z_t, w, rates)
 
     return run
 

@@ -171,6 +171,36 @@ def test_classes_masked_by_a_number(using):
     assert loss[0] > 1e36 and (loss[1:] < 100).all()
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_name)
+@pytest.mark.parametrize("masked", [-1e6, -1e10, -1e13, -1e30])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0, 8.0])
+def test_most_classes_masked_by_a_number(using, temperature, masked, dtype):
+    """So that threads, and blocks, have none but those, whose exponents no multiply-add holds."""
+    rng = np.random.default_rng(17)
+    s, t = logits(rng, 1, 900, dtype), logits(rng, 1, 900, dtype)
+    s[:, :800], t[:, :800] = masked, masked
+    assert_kd(s, t, np.array([850]), temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_a_class_that_the_student_rules_out_is_in_the_teachers_support(using, temperature):
+    """However small its probability."""
+    rng = np.random.default_rng(18)
+    s, t = logits(rng, 1, 300, F32), logits(rng, 1, 300, F32)
+    s[0, 5], t[0, 5] = -INF, np.finfo(F32).min
+    loss, _, kl, gradient, _ = kd(Device, s, t, np.array([7]), temperature=temperature)
+    assert loss[0] == kl[0] == INF
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(("temperature", "scale"), [(1e14, 1e14), (1e14, 1e16), (1e-10, 1e-10), (1e19, 3e19)])
+def test_logits_as_large_as_the_temperature(using, temperature, scale):
+    rng = np.random.default_rng(19)
+    for shift in (0.0, -60 * scale):
+        s, t = (logits(rng, 2, 200, F32, scale) + F32.type(shift) for _ in range(2))
+        assert_kd(s, t, np.array([7, 100]), temperature=temperature, alpha=0.0)
+
+
 def test_a_maximum_that_rises_all_the_time(using):
     rising = np.arange(600, dtype=F32)[None] / 4
     assert_kd(rising, rising[:, ::-1].copy(), np.array([599]), temperature=2.0)
@@ -303,7 +333,7 @@ def test_what_cannot_be_asked_for():
         ({"kernel": "group", "threads": 256}, "threads=256, but a block of the group kernel has at most 128"),
         ({"kernel": "group", "threads": 32, "blocks": 1}, "needs 2 blocks of 32 threads for 6000 classes"),
         ({"kernel": "group", "blocks": 65}, "can have 64: got blocks=65"),
-        ({"kernel": "row", "threads": 2048}, "threads=2048, but a block of this kernel has at most 1024"),
+        ({"kernel": "row", "threads": 1024}, "threads=1024, but a block of this kernel has at most 512"),
     ]:
         with plans.using(**options), pytest.raises(DomainError, match=words):
             kd(Device, x, x, alpha=0.0)

@@ -4,7 +4,7 @@ Numba types, converts and boxes each argument of each launch: for the fifty numb
 more time than the kernel needs for a small batch. Here the types of the arguments are looked up, and the numbers are
 written, by one ``struct``, to where the driver reads them.
 
-This needs what :func:`_bindings` looks for, once. Where it is not, in Numba's simulator for one, all launches are
+This needs what :func:`bindings` looks for, once. Where it is not, in Numba's simulator for one, all launches are
 Numba's. An error of the driver is raised, as Numba raises it.
 """
 

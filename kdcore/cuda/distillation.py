@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdcore import formulas
-from kdcore.cuda.primitives import bind, cast, device, exp2, maximum
-from kdcore.cuda.rows import carry, is_large, is_usable, largest, total, way_of
+from kdcore.cuda.primitives import bind, cast, device, exp2, lowest, maximum
+from kdcore.cuda.rows import carry, factor_of, floor_of, is_large, largest, total, way_of
 from kdcore.formulas import HEADROOM
 
 __all__ = ["Parts", "Questions", "Stages", "parts_of", "questions", "rates_of", "rebase_of", "stages"]
@@ -64,12 +64,14 @@ def rates_of(temperature: float, teacher_temperature: float, wide: bool) -> tupl
     """What turns a logit into an exponent of 2, of the student, the teacher, and the student at 1; and what follows.
 
     That is T_t / T; then, in float64 and of the rates as they are after rounding, HEADROOM over the teacher's, and the
-    student's over the teacher's.
+    student's over the teacher's; then :func:`kdcore.cuda.rows.floor_of` the student's, the teacher's, and the larger of
+    the student's two.
     """
     like = np.float64 if wide else np.float32
     student, teacher, at_one = (like(formulas.rate(of)) for of in (temperature, teacher_temperature, 1.0))
     unit, ratio = HEADROOM / np.float64(teacher), np.float64(student) / np.float64(teacher)
-    return student, teacher, at_one, like(teacher_temperature / temperature), unit, ratio
+    floors = (like(floor_of(float(of))) for of in (student, teacher, max(student, at_one)))
+    return student, teacher, at_one, like(teacher_temperature / temperature), unit, ratio, *floors
 
 
 class Questions(NamedTuple):
@@ -82,6 +84,7 @@ class Questions(NamedTuple):
 class Stages(NamedTuple):
     """Device functions of one row's octets; see :func:`stages`."""
 
+    floors: Any
     sums_at: Any
     raise_maxima: Any
     add_octet: Any
@@ -105,9 +108,11 @@ def questions(parts: Parts) -> Questions:
         return soft and is_large(maxima[1], rates[1])
 
     @device
-    def no_good(maxima, z_s, z_t, w, rates):
+    def no_good(maxima, z_s, z_h, z_t, w, rates):
         # A w that is not finite may be a difference that overflows, and the logits are finite all the same.
-        if not is_usable(z_s) or (soft and not (is_usable(z_t) and abs(w) < math.inf)):
+        if not (0.0 < z_s < math.inf and (not hard or 0.0 < z_h < math.inf)):
+            return True
+        if soft and not (0.0 < z_t < math.inf and abs(w) < math.inf):
             return True
         return large(maxima, rates)
 
@@ -124,11 +129,11 @@ def rebase_of(parts: Parts) -> Any:
     def rebase(m_s, z_s, z_h, m_t, z_t, w, maxima, rates, like):
         """(z_s, z_h, z_t, w), in float64, of a slice's sums that are relative to m_s and m_t."""
         d_s, d_t = _scaled_logit(m_s, maxima[0], HEADROOM), _scaled_logit(m_t, maxima[1], HEADROOM)
-        f_s = np.float64(exp2(cast(d_s * (np.float64(rates[0]) / HEADROOM), like)))
-        f_t = np.float64(exp2(cast(d_t * (np.float64(rates[1]) / HEADROOM), like)))
+        f_s = factor_of(d_s * (np.float64(rates[0]) / HEADROOM), like)
+        f_t = factor_of(d_t * (np.float64(rates[1]) / HEADROOM), like)
         f_h = f_s
         if own_sum:
-            f_h = np.float64(exp2(cast(d_s * (np.float64(rates[2]) / HEADROOM), like)))
+            f_h = factor_of(d_s * (np.float64(rates[2]) / HEADROOM), like)
         w = _merged_forward_kl(w, z_t, d_t, d_s, rates[5], f_t)
         return z_s * f_s, z_h * f_h, z_t * f_t, w
 
@@ -148,7 +153,7 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
     two_formulas = term is not None
     if two_formulas:
         term, slope = bind(term), bind(slope)
-    _, place, shift, moved, offset, exponent, ratio_of, unit = way_of(careful)
+    floor, place, shift, moved, offset, exponent, ratio_of, unit = way_of(careful)
 
     @device
     def shifts(x, r, c):
@@ -172,9 +177,9 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
             return exp2(exponent(shift(x, place(m, c), c), c))
 
         @device
-        def factor_at_one(f, moved_at_one, c):
+        def factor_at_one(f, moved_at_one, c, like):
             """What the sum at T = 1 is multiplied by when the one at T is by f, or its reference is moved."""
-            return exp2(cast(exponent(moved_at_one, c), f))
+            return factor_of(np.float64(exponent(moved_at_one, c)), like)
 
     elif power == 1:
 
@@ -183,7 +188,7 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
             return e
 
         @device
-        def factor_at_one(f, moved_at_one, c):
+        def factor_at_one(f, moved_at_one, c, like):
             return f
 
     elif power == 2:
@@ -193,7 +198,7 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
             return e * e
 
         @device
-        def factor_at_one(f, moved_at_one, c):
+        def factor_at_one(f, moved_at_one, c, like):
             return f * f
 
     else:
@@ -204,9 +209,28 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
             return square * square
 
         @device
-        def factor_at_one(f, moved_at_one, c):
+        def factor_at_one(f, moved_at_one, c, like):
             square = f * f
             return square * square
+
+    @device
+    def floors(rates, like):
+        """What maxima begin with."""
+        of_student = rates[8] if hard and power == 0 else rates[6]
+        return floor(of_student, like), floor(rates[7], like)
+
+    @device
+    def inside_one(d, y):
+        # Of a finite logit, d may have overflowed: then 0 times an infinity is to show that care is needed.
+        return d if y == -math.inf else maximum(d, cast(lowest(d), d))
+
+    @device
+    def inside(d, y):
+        """d of an octet y, -inf outside the support alone."""
+        return (
+            inside_one(d[0], y[0]), inside_one(d[1], y[1]), inside_one(d[2], y[2]), inside_one(d[3], y[3]),
+            inside_one(d[4], y[4]), inside_one(d[5], y[5]), inside_one(d[6], y[6]), inside_one(d[7], y[7]),
+        )  # fmt: skip
 
     @device
     def sums_at(maxima, rates):
@@ -230,7 +254,8 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
         z_s *= f_s
         low_s *= f_s
         if own_sum:
-            f_h = factor_at_one(f_s, moved(place(m_s, rates[2]), place(top_s, rates[2])), rates[2])
+            d_h = moved(place(m_s, rates[2]), place(top_s, rates[2]))
+            f_h = cast(factor_at_one(f_s, d_h, rates[2], f_s), f_s)
             z_h *= f_h
             low_h *= f_h
         if soft:
@@ -272,7 +297,7 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
                 part = _unguarded_moment(part, e_t[6], d_t[6], d[6], ratio)
                 part = _unguarded_moment(part, e_t[7], d_t[7], d[7], ratio)
                 if not abs(part) < math.inf:
-                    part = cast(0, w)
+                    part, d_t = cast(0, w), inside(d_t, y)
                     part = _forward_kl_moment(part, e_t[0], d_t[0], d[0], ratio)
                     part = _forward_kl_moment(part, e_t[1], d_t[1], d[1], ratio)
                     part = _forward_kl_moment(part, e_t[2], d_t[2], d[2], ratio)
@@ -289,16 +314,16 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
         """(z_s, z_h, z_t, w) of a thread in float64, relative to the maxima of others, too, without r's rounding."""
         m_s, r_s, z_s, low_s, z_h, low_h, _, r_t, z_t, low_t, w, low_w = sums
         d_s = offset(r_s, maxima[0], rates[0])
-        f_s = exp2(cast(exponent(d_s, np.float64(rates[0])), like))
-        z_s = (np.float64(z_s) + np.float64(low_s)) * np.float64(f_s)
+        f_s = factor_of(exponent(d_s, np.float64(rates[0])), like)
+        z_s = (np.float64(z_s) + np.float64(low_s)) * f_s
         of_h, of_t, of_w = z_s, z_s, 0.0  # of a part that there is not, what can be divided by
         if own_sum:
             d_h = offset(place(m_s, rates[2]), maxima[0], rates[2])
-            f_h = factor_at_one(f_s, d_h, np.float64(rates[2]))
-            of_h = (np.float64(z_h) + np.float64(low_h)) * np.float64(f_h)
+            f_h = factor_at_one(f_s, d_h, np.float64(rates[2]), like)
+            of_h = (np.float64(z_h) + np.float64(low_h)) * f_h
         if soft:
             d_t = offset(r_t, maxima[1], rates[1])
-            f_t = np.float64(exp2(cast(exponent(d_t, np.float64(rates[1])), like)))
+            f_t = factor_of(exponent(d_t, np.float64(rates[1])), like)
             of_t = np.float64(z_t) + np.float64(low_t)
             if not two_formulas:
                 ratio = ratio_of(np.float64(rates[3]))
@@ -320,7 +345,7 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
         if soft:
             of_t = exp2(offset(r_t, maxima[1], rates[1]))
         d_h = offset(place(maxima[0], rates[2]), maxima[0], rates[2])
-        return of_s, factor_at_one(of_s, d_h, np.float64(rates[2])), of_t
+        return of_s, factor_at_one(of_s, d_h, np.float64(rates[2]), of_s), of_t
 
     @device
     def weigh_class(x, y, inside, references, rates, softmaxes):
@@ -384,4 +409,4 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
             spend_one(x[7], y[7], zero, references, rates, factors, softmaxes),
         )
 
-    return Stages(sums_at, raise_maxima, add_octet, settle, unit, references, offsets, weigh, spend, spend_one)
+    return Stages(floors, sums_at, raise_maxima, add_octet, settle, unit, references, offsets, weigh, spend, spend_one)

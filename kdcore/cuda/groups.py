@@ -68,7 +68,6 @@ from kdcore.cuda.rows import (
     octet_of,
     warp_maximum,
     warp_total,
-    way_of,
     whole_octets,
     write_octet,
 )
@@ -85,7 +84,7 @@ __all__ = [
     "share_of",
 ]
 
-#: Blocks of a row at most.
+#: Blocks of a row at most: two for each lane of the warp that merges them.
 MOST_BLOCKS = 64
 PUBLISHED = 8
 _WARP = 32
@@ -254,14 +253,14 @@ def group_kernel(parts, threads, resident):
 
     def gathering(careful):
         """The function that returns a slice's maxima and sums by one of the ways."""
-        sums_at, _, add_octet, settle, unit = stages(parts, careful)[:5]
-        floor = way_of(careful).floor
+        floors, sums_at, _, add_octet, settle, unit = stages(parts, careful)[:6]
 
         @cuda.jit(device=True)
         def sums_of(tops, octets, share, words, rates, tags, like, shared):
             place_s, place_t, next_s, next_t = places_of(words, share, tags)
             # A thread's maxima come first, so that no sum is to be rescaled, but wait for no other thread's.
-            sums = sums_at((maximum(tops[0], floor(like)), maximum(tops[1], floor(like))), rates)
+            low_s, low_t = floors(rates, like)
+            sums = sums_at((maximum(tops[0], low_s), maximum(tops[1], low_t)), rates)
             for _ in range(octets[3]):
                 x, y = kept(place_s, place_t, tags)
                 sums = add_octet(sums, x, y, rates)
@@ -364,7 +363,7 @@ def group_kernel(parts, threads, resident):
                 least = min(least, load_stored(of_block + 48, np.float64(0)))
         return np.int64(least)
 
-    @kernel_of((threads, resident))
+    @kernel_of(threads, resident)
     def kernel(
         student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
         c, rates, size, like, gradient, results, status, blocks, share, counters, published,
@@ -424,7 +423,7 @@ def group_kernel(parts, threads, resident):
         tops = tops_of(octets, share, words, tags, like)
         maxima, z_s, z_h, z_t, w = gather_quickly(tops, octets, share, words, rates, tags, like, shared)
         bad = np.int64(2 * size)
-        if no_good(maxima, z_s, z_t, w, rates):
+        if no_good(maxima, z_s, z_h, z_t, w, rates):
             maxima, z_s, z_h, z_t, w = gather_with_care(tops, octets, share, words, rates, tags, like, shared)
             if math.isnan(z_s):
                 bad = first_bad_class(s, begin, end, shared)

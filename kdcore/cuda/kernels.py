@@ -57,20 +57,21 @@ __all__ = [
 ]
 
 
-def most_threads(wide, third_exponential=False):
-    """The most threads of a block, and with them the registers that a thread may have: 64 of 1024, 128 of 512."""
-    if wide:  # a number is two registers
-        return 256
-    return 512 if third_exponential else 1024
+def most_threads(wide):
+    """The most threads of a block, and with them the registers that a thread may have: 128 of 512, 255 of 256."""
+    return 256 if wide else 512  # a number of float64 is two registers
 
 
 _kd_loss = bind(formulas.kd_loss)
 _forward_kl_from_sums = bind(formulas.forward_kl_from_sums)
 
 
-def kernel_of(threads):
-    """``cuda.jit`` for blocks of so many threads at most; the simulator does not know the option."""
-    return cuda.jit if SIMULATOR else functools.partial(cuda.jit, launch_bounds=threads)
+def kernel_of(threads, blocks=1):
+    """``cuda.jit`` for blocks of so many threads at most, of which a multiprocessor is to have so many.
+
+    Without the latter the compiler spills registers, so that there could be more. The simulator has no such option.
+    """
+    return cuda.jit if SIMULATOR else functools.partial(cuda.jit, launch_bounds=(threads, blocks))
 
 
 @device
@@ -133,8 +134,12 @@ def masked_or_bad(labels, weights, ignore_index, label, weight, size):
 @cuda.jit(device=True)
 def report_unusable(i, s, t, size, student_is_bad, status, shared):
     """What is wrong with the logits of a row that has no softmaxes."""
-    row = s if student_is_bad else t
-    condition, v = condition_of(first_bad_class(row, np.int64(0), size, shared), size)
+    # Two calls: of two rows by one name, Numba would make one type, and read one as if it were stored like the other.
+    if student_is_bad:
+        first = first_bad_class(s, np.int64(0), size, shared)
+    else:
+        first = first_bad_class(t, np.int64(0), size, shared)
+    condition, v = condition_of(first, size)
     if cuda.threadIdx.x == 0:
         report(status, i, (STUDENT if student_is_bad else TEACHER) + condition, v)
 
@@ -149,7 +154,7 @@ def kd_kernel(parts, term, slope, wide):
     two_formulas = term is not None
     sums_of, weights_of, offsets_of, spend_row, spend_one = sweeps(parts, wide, term, slope)
 
-    @kernel_of(most_threads(wide, parts.power == 0))
+    @kernel_of(most_threads(wide))
     def kernel(
         student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
         c, rates, size, like, gradient, results, status,

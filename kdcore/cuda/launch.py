@@ -134,7 +134,7 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
 
 def _launch_kd(rows, size, itemsizes, parts, term, slope, wide, arguments, stream):
     """A KD call by the kernel that is chosen for the current device."""
-    plan = plan_of(size, itemsizes, kernels.most_threads(wide, parts.power == 0), not wide)
+    plan = plan_of(size, itemsizes, kernels.most_threads(wide), not wide)
     if plan.kernel == "group":
         counters = full((1 + rows,), np.int32, 0, stream)
         published = scratch((rows, plan.blocks, PUBLISHED), np.float64, stream)
@@ -156,7 +156,7 @@ def state_rows(student, teacher, labels, start, ignore_index, temperature, teach
         _matrix(student), _matrix(teacher), _vector(labels), int(start), int(ignore_index),
         rates_of(temperature, teacher_temperature, wide), size, _like(wide), _start(state),
     )  # fmt: skip
-    threads = threads_of(size, kernels.most_threads(wide, parts.power == 0))
+    threads = threads_of(size, kernels.most_threads(wide))
     launch(states.state_kernel(parts, wide), rows, threads, stream, *arguments)
 
 
@@ -195,7 +195,7 @@ def slice_gradient_rows(
         _matrix(student), _matrix(teacher), _vector(labels), int(start), _start(state), _start(scale), float(alpha),
         float(temperatures[0]), float(kd_scale), rates_of(*temperatures, wide), size, _like(wide), _matrix(gradient),
     )  # fmt: skip
-    threads = threads_of(size, kernels.most_threads(wide, True))
+    threads = threads_of(size, kernels.most_threads(wide))
     launch(states.gradient_kernel(parts, wide), rows, threads, stream, *arguments)
 
 

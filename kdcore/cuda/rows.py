@@ -33,8 +33,9 @@ Conventions:
   +inf, 0 for a row of -inf alone. :func:`first_bad_class` says where.
 - What turns logits into exponents of 2 has two ways, :class:`Way`. The **quick** one, for rows in float32, is one
   multiply-add, x c - r with r = m c as it is rounded: an offset which all classes share, and which their sum is freed
-  from in the end. It is no good where m c is large (:func:`is_large`), or where differences of logits overflow. The
-  **careful** one, for those rows and for float64, scales x - m so that nothing overflows, and multiplies by c then.
+  from in the end. It is no good where m c is large (:func:`is_large`), or where differences of logits overflow; the
+  maximum of some of a row's classes is no less than :func:`floor_of`, so that it is not large either. The **careful**
+  one, for those rows and for float64, scales x - m so that nothing overflows, and multiplies by c then.
 - An output row may be the input row itself: a thread reads an element before it writes it, and no other thread reads
   that element any more.
 
@@ -81,8 +82,10 @@ __all__ = [
     "carry",
     "condition_of",
     "cross_entropy_of",
+    "factor_of",
     "fill_row",
     "first_bad_class",
+    "floor_of",
     "is_large",
     "is_usable",
     "largest",
@@ -106,10 +109,9 @@ __all__ = [
 _WARP = 32
 _ALL_LANES = 0xFFFFFFFF
 
+_LN2 = math.log(2.0)
 #: Beyond, the rounding of m c is more of an exponent than the quick way bears: 1 / 16.
 _LARGE = 2.0**20
-#: Where the maximum of the quick way begins: low, but so that it overflows with no rate.
-_FLOOR = -(2.0**50)
 
 _exponent = bind(formulas.exponent)
 _scaled_logit = bind(formulas.scaled_logit)
@@ -329,10 +331,24 @@ def is_large(m, c):
     return not abs(m * c) <= _LARGE
 
 
+def floor_of(rate):
+    """What maxima of the quick way begin with: just so low that a row of which it is the maximum needs care."""
+    return -2.0 * _LARGE / rate
+
+
+@device
+def factor_of(exponent, like):
+    """2 to the power of a float64, with an exponential in the type of ``like``, but without the rounding to it."""
+    rounded = cast(exponent, like)
+    if rounded == -math.inf:
+        return 0.0
+    return np.float64(exp2(rounded)) * (1.0 + _LN2 * (exponent - np.float64(rounded)))
+
+
 class Way(NamedTuple):
     """Device functions by which logits become exponents of 2; d is what of a logit is relative to r.
 
-    floor(like)         what a maximum begins with
+    floor(quick, like)  what a maximum begins with: in the quick way :func:`floor_of` the rate
     place(m, c)         r
     shift(x, r, c)      d
     moved(r, to)        what d changes by when r becomes ``to``
@@ -353,8 +369,8 @@ class Way(NamedTuple):
 
 
 @device
-def _quick_floor(like):
-    return cast(_FLOOR, like)
+def _quick_floor(quick, like):
+    return quick
 
 
 @device
@@ -393,7 +409,7 @@ def _quick_unit(unit):
 
 
 @device
-def _careful_floor(like):
+def _careful_floor(quick, like):
     return cast(lowest(like), like)
 
 
@@ -509,7 +525,7 @@ def _sums_of_a_row(careful):
 
     @cuda.jit(device=True)
     def sums(row, size, c, like, shared):
-        m, z, low = floor(like), cast(0, like), cast(0, like)
+        m, z, low = floor(cast(_floor_of(c), like), like), cast(0, like), cast(0, like)
         r = place(m, c)
         a, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, itemsize(row[2]) == 2)
         step = 8 * cuda.blockDim.x
@@ -521,13 +537,14 @@ def _sums_of_a_row(careful):
             m, r, z, low = add_octet(m, r, z, low, octet_of(row, a, a + gap, size, False, like), c)
             a += step
         m_row, _ = block_maxima(m, m, shared)
-        factor = exp2(cast(exponent(offset(r, m_row, c), np.float64(c)), like))
-        z_row, _, _, _ = block_sums((np.float64(z) + np.float64(low)) * np.float64(factor), 0.0, 0.0, 0.0, shared)
+        factor = factor_of(exponent(offset(r, m_row, c), np.float64(c)), like)
+        z_row, _, _, _ = block_sums((np.float64(z) + np.float64(low)) * factor, 0.0, 0.0, 0.0, shared)
         return m_row, z_row
 
     return sums, exponentials
 
 
+_floor_of = device(floor_of)
 _quick_sums, _quick_exponentials = _sums_of_a_row(careful=False)
 _careful_sums, _careful_exponentials = _sums_of_a_row(careful=True)
 

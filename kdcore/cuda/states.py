@@ -45,7 +45,7 @@ def state_kernel(parts, wide):
     """The kernel of a slice's states, for an objective with both parts; one block a row."""
     sums_of = sweeps(parts, wide).sums_of
 
-    @kernel_of(most_threads(wide, parts.power == 0))
+    @kernel_of(most_threads(wide))
     def kernel(student, teacher, labels, start, ignore_index, rates, size, like, state):
         """The slice's first class is ``start`` of the vocabulary. Of a masked row, the state of no classes."""
         shared = cuda.shared.array(SCRATCH, float64)
@@ -158,7 +158,7 @@ def gradient_kernel(parts, wide):
     soft, hard, _ = parts
     _, _, offsets_of, spend_row, spend_one = sweeps(parts, wide)
 
-    @kernel_of(most_threads(wide, True))  # with 64 registers it spills
+    @kernel_of(most_threads(wide))
     def kernel(
         student, teacher, labels, start, state, scale, alpha, temperature, kd_scale, rates, size, like, gradient,
     ):  # fmt: skip

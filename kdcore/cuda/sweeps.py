@@ -7,8 +7,8 @@ import numpy as np
 from numba import cuda
 
 from kdcore.cuda.distillation import questions, stages
-from kdcore.cuda.primitives import device
-from kdcore.cuda.rows import block_maxima, block_sums, block_total, octet_of, octets_of, way_of, write_octet
+from kdcore.cuda.primitives import cast, device, load_real, store_real
+from kdcore.cuda.rows import block_maxima, block_sums, block_total, octet_of, octets_of, write_octet
 
 __all__ = ["Sweeps", "sweeps"]
 
@@ -39,13 +39,12 @@ def sweeps(parts: Any, wide: bool, term: Any = None, slope: Any = None) -> Sweep
 
     def gathering(careful):
         """The function that returns a row's maxima and sums by one of the ways."""
-        sums_at, raise_maxima, add_octet, settle, unit = stages(parts, careful, term, slope)[:5]
-        floor = way_of(careful).floor
+        floors, sums_at, raise_maxima, add_octet, settle, unit = stages(parts, careful, term, slope)[:6]
         by_16_bytes = wide or not careful  # rows that need care are few
 
         @cuda.jit(device=True)
         def thread_sums(s, t, size, rates, adjacent, whole, like):
-            sums = sums_at((floor(like), floor(like)), rates)
+            sums = sums_at(floors(rates, like), rates)
             a, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
             step = 8 * cuda.blockDim.x
             if by_16_bytes and whole:
@@ -85,7 +84,7 @@ def sweeps(parts: Any, wide: bool, term: Any = None, slope: Any = None) -> Sweep
         def sums_of(s, t, size, rates, adjacent, whole, like, shared):
             """(maxima, z_s, z_h, z_t, w) of the rows; z_s or z_t is NaN or 0 where they cannot be used."""
             maxima, z_s, z_h, z_t, w = quickly(s, t, size, rates, adjacent, whole, like, shared)
-            if no_good(maxima, z_s, z_t, w, rates):
+            if no_good(maxima, z_s, z_h, z_t, w, rates):
                 maxima, z_s, z_h, z_t, w = with_care(s, t, size, rates, adjacent, whole, like, shared)
             return maxima, z_s, z_h, z_t, w
 
@@ -109,7 +108,7 @@ def sweeps(parts: Any, wide: bool, term: Any = None, slope: Any = None) -> Sweep
     def spending(careful):
         """The function that writes a row's gradient by one of the ways."""
         of_way = stages(parts, careful, term, slope)
-        references_of, spend = of_way.references, of_way.spend
+        references_of, spend, spend_one = of_way.references, of_way.spend, of_way.spend_one
         by_16_bytes = wide or not careful
 
         @device
@@ -120,20 +119,36 @@ def sweeps(parts: Any, wide: bool, term: Any = None, slope: Any = None) -> Sweep
                 y = octet_of(t, a, b, size, whole, like)
             write_octet(g, a, b, size, whole, spend(x, y, references, rates, factors, softmaxes))
 
-        @cuda.jit(device=True)
-        def spend_row(s, t, g, size, maxima, rates, factors, softmaxes, adjacent, whole, like):
-            references = references_of(maxima, rates)
-            start, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
-            step = 8 * cuda.blockDim.x
-            # Backwards, because the last classes were read last and are still in the cache.
-            a = start + (size - 1 - start) // step * step
-            while a >= 0 and not (by_16_bytes and whole and a + gap + 4 <= size):
-                spend_octet(s, t, g, a, a + gap, size, references, rates, factors, softmaxes, False, like)
-                a -= step
-            if by_16_bytes:
+        if by_16_bytes:
+
+            @cuda.jit(device=True)
+            def spend_row(s, t, g, size, maxima, rates, factors, softmaxes, adjacent, whole, like):
+                references = references_of(maxima, rates)
+                start, gap = octets_of(cuda.threadIdx.x, cuda.blockDim.x, adjacent)
+                step = 8 * cuda.blockDim.x
+                # Backwards, because the last classes were read last and are still in the cache.
+                a = start + (size - 1 - start) // step * step
+                while a >= 0 and not (whole and a + gap + 4 <= size):
+                    spend_octet(s, t, g, a, a + gap, size, references, rates, factors, softmaxes, False, like)
+                    a -= step
                 while a >= 0:
                     spend_octet(s, t, g, a, a + gap, size, references, rates, factors, softmaxes, True, like)
                     a -= step
+
+        else:
+
+            @cuda.jit(device=True)
+            def spend_row(s, t, g, size, maxima, rates, factors, softmaxes, adjacent, whole, like):
+                references = references_of(maxima, rates)
+                v = np.int64(cuda.threadIdx.x)
+                while v < size:  # one by one, which takes few registers
+                    x = cast(load_real(s[0] + v * s[1], s[2]), like)
+                    y = x
+                    if soft:
+                        y = cast(load_real(t[0] + v * t[1], t[2]), like)
+                    z = spend_one(x, y, cast(0, like), references, rates, factors, softmaxes)
+                    store_real(g[0] + v * g[1], z, g[2])
+                    v += cuda.blockDim.x
 
         return spend_row
 

@@ -50,7 +50,7 @@ def vector(tag):
 
 
 def rates(like):
-    return nb.Tuple((like, like, like, like, nb.float64, nb.float64))
+    return nb.Tuple((*(like,) * 4, nb.float64, nb.float64, *(like,) * 3))
 
 
 def kd_signature(student, teacher, gradient, wide=False, labels=nb.int64, weights=nb.float64):
