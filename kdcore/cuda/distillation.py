@@ -255,7 +255,8 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
         low_s *= f_s
         if own_sum:
             d_h = moved(place(m_s, rates[2]), place(top_s, rates[2]))
-            f_h = cast(factor_at_one(f_s, d_h, rates[2], f_s), f_s)
+            # Without float64, which factor_at_one has for what happens once a row.
+            f_h = exp2(exponent(d_h, rates[2])) if power == 0 else cast(factor_at_one(f_s, d_h, rates[2], f_s), f_s)
             z_h *= f_h
             low_h *= f_h
         if soft:
