@@ -177,8 +177,8 @@ class Function:
 def function_of(kernel: Any, arguments: tuple[Any, ...]) -> Function | None:
     """What Numba has launched, of a kernel with these arguments, in the current context.
 
-    None if only Numba can launch it: with exceptions of a debug build, blocks that wait for the whole grid, code that
-    depends on the grid, or integers that are no int64.
+    None if only Numba can launch it: with exceptions of a debug build, blocks that wait for the whole grid, or code
+    that depends on the grid.
     """
     driver = bindings()
     compiled = kernel.overloads.get(tuple(map(kernel.typeof_pyval, arguments)))

@@ -232,6 +232,24 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
             inside_one(d[4], y[4]), inside_one(d[5], y[5]), inside_one(d[6], y[6]), inside_one(d[7], y[7]),
         )  # fmt: skip
 
+    def of_an_octet(moment):
+        """The function that adds up a moment's eight terms."""
+
+        @device
+        def add(e_t, d_t, d, ratio):
+            w = moment(cast(0, ratio), e_t[0], d_t[0], d[0], ratio)
+            w = moment(w, e_t[1], d_t[1], d[1], ratio)
+            w = moment(w, e_t[2], d_t[2], d[2], ratio)
+            w = moment(w, e_t[3], d_t[3], d[3], ratio)
+            w = moment(w, e_t[4], d_t[4], d[4], ratio)
+            w = moment(w, e_t[5], d_t[5], d[5], ratio)
+            w = moment(w, e_t[6], d_t[6], d[6], ratio)
+            return moment(w, e_t[7], d_t[7], d[7], ratio)
+
+        return add
+
+    guarded_moment, unguarded_moment = of_an_octet(_forward_kl_moment), of_an_octet(_unguarded_moment)
+
     @device
     def sums_at(maxima, rates):
         """The sums of no classes, relative to maxima."""
@@ -288,25 +306,10 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
             e_t = exponentials(d_t, rates[1])
             z_t, low_t = carry(z_t, low_t, total(e_t))
             if not two_formulas:
-                ratio, part = ratio_of(rates[3]), cast(0, w)
-                part = _unguarded_moment(part, e_t[0], d_t[0], d[0], ratio)
-                part = _unguarded_moment(part, e_t[1], d_t[1], d[1], ratio)
-                part = _unguarded_moment(part, e_t[2], d_t[2], d[2], ratio)
-                part = _unguarded_moment(part, e_t[3], d_t[3], d[3], ratio)
-                part = _unguarded_moment(part, e_t[4], d_t[4], d[4], ratio)
-                part = _unguarded_moment(part, e_t[5], d_t[5], d[5], ratio)
-                part = _unguarded_moment(part, e_t[6], d_t[6], d[6], ratio)
-                part = _unguarded_moment(part, e_t[7], d_t[7], d[7], ratio)
+                ratio = ratio_of(rates[3])
+                part = unguarded_moment(e_t, d_t, d, ratio)
                 if not abs(part) < math.inf:
-                    part, d_t = cast(0, w), inside(d_t, y)
-                    part = _forward_kl_moment(part, e_t[0], d_t[0], d[0], ratio)
-                    part = _forward_kl_moment(part, e_t[1], d_t[1], d[1], ratio)
-                    part = _forward_kl_moment(part, e_t[2], d_t[2], d[2], ratio)
-                    part = _forward_kl_moment(part, e_t[3], d_t[3], d[3], ratio)
-                    part = _forward_kl_moment(part, e_t[4], d_t[4], d[4], ratio)
-                    part = _forward_kl_moment(part, e_t[5], d_t[5], d[5], ratio)
-                    part = _forward_kl_moment(part, e_t[6], d_t[6], d[6], ratio)
-                    part = _forward_kl_moment(part, e_t[7], d_t[7], d[7], ratio)
+                    part = guarded_moment(e_t, inside(d_t, y), d, ratio)
                 w, low_w = carry(w, low_w, part)
         return m_s, r_s, z_s, low_s, z_h, low_h, m_t, r_t, z_t, low_t, w, low_w
 

@@ -8,7 +8,8 @@ as many blocks as there are multiprocessors, of which each holds two or more, so
 A block keeps its slice, publishes its sums, waits until all of the row's blocks have, and writes its part of the
 gradient from the sums of all, which each block merges alike. The row's first block writes its results.
 
-What a block publishes are float64 numbers: m_s, z_s, z_h, m_t, z_t, w and the first bad class, of PUBLISHED.
+What a block publishes are float64 numbers: m_s, z_s, z_h, m_t, z_t, w, and, where a sum is NaN, what
+:func:`kdcore.cuda.rows.first_bad_class` found; with room for PUBLISHED of them, 64 bytes.
 """
 
 import math

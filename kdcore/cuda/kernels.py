@@ -161,8 +161,8 @@ def kd_kernel(parts, term, slope, wide):
     ):  # fmt: skip
         """student, teacher, gradient: matrices [B, size]; labels, weights: vectors [B]; denominator: address of [1].
 
-        alpha CE + (1 - alpha) kd_scale D(p, q), its parts and its gradient; c is the parameter of D; rates as in
-        :func:`kdcore.cuda.distillation.stages`.
+        alpha CE + (1 - alpha) kd_scale D(p, q), its parts and its gradient; c is the parameter of D; rates are
+        those of :func:`kdcore.cuda.distillation.rates_of`.
         """
         shared = cuda.shared.array(SCRATCH, float64)
         i = np.int64(cuda.blockIdx.x)

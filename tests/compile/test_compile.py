@@ -28,6 +28,7 @@ from building import (
 )
 from numba import cuda, typeof
 from numba.core import types as nb
+from sass import functions_of, width_of
 
 from kdcore import divergences
 from kdcore.cuda import groups, kernels, launch, plans, rows, states
@@ -37,6 +38,7 @@ from kdcore.cuda.memory import DeviceArray
 from kdcore.divergences import Divergence, as_divergence, exp, log, where
 from kdcore.objective import Objective
 
+SCRATCH = rows.SCRATCH  # a shape must be a constant, which an attribute of a module is not
 CAPABILITIES = [(8, 0), (9, 0)]
 PAIRS = list(itertools.product(STORED, STORED))
 ROW_OPERATIONS = ["softmax", "log_softmax", "logsumexp"]
@@ -152,6 +154,27 @@ def test_rows(name, stored, out, wide, capability):
     build(kernels.row_kernel(name, wide), row_signature(stored, out, wide), capability)
 
 
+@cuda.jit
+def _report(student, teacher, size, student_is_bad, status):
+    shared = cuda.shared.array(SCRATCH, nb.float64)
+    i = np.int64(cuda.blockIdx.x)
+    s, t = kernels.row_at(student, i), kernels.row_at(teacher, i)
+    kernels.report_unusable(i, s, t, size, student_is_bad, status, shared)
+
+
+@pytest.mark.parametrize("pair", [("float32", "bfloat16"), ("float16", "float64")], ids="-".join)
+def test_a_bad_row_is_read_as_it_is_stored(pair):
+    """Each of both, of which Numba could make one type."""
+    signature = *(matrix(STORED[stored]) for stored in pair), nb.int64, nb.boolean, nb.int64
+    functions = functions_of(build(_report, signature, (9, 0)).code)
+    loads = {
+        opcode for function in functions.values() for block in function.blocks.values() for opcode in block
+        if opcode.startswith("LDG")
+    }  # fmt: skip
+    widths = {16 if "U16" in opcode else width_of(opcode, "LDG") for opcode in loads}
+    assert widths == {8 * np.dtype(np.uint16 if stored == "bfloat16" else stored).itemsize for stored in pair}
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
 def test_sums(capability):
     address = nb.int64
@@ -212,9 +235,6 @@ def documented_kernel():
     names = {}
     exec(textwrap.dedent(code), names)
     return names["kernel"]
-
-
-SCRATCH = rows.SCRATCH  # a shape must be a constant, which an attribute of a module is not
 
 
 @cuda.jit
