@@ -1,15 +1,19 @@
 """The KD kernel of several blocks a row: each logit is read from memory once, and waits in shared memory for the sums.
 
-A row's classes are cut into as many slices as blocks work on it. A block takes a **ticket**, by which it knows its row
-and slice: so the blocks of a row start one after another, and one that waits for the others of its row never waits for
-one that cannot start, as long as a row's blocks fit the device together. :mod:`kdcore.cuda.plans` lets a row have half
-as many blocks as there are multiprocessors, of which each holds two or more, so that this is true beside other calls.
+A row's classes are cut into as many slices as blocks work on it, a **group** of blocks. A block works the same slice of
+one row after another: it keeps the slice, publishes its sums, waits until all of the group have published theirs, and
+writes its part of the gradient from the sums of all, which each block merges alike; while it writes, the same slice of
+the group's next row takes the place of what it has written the gradient of. The group's first block writes results.
 
-A block keeps its slice, publishes its sums, waits until all of the row's blocks have, and writes its part of the
-gradient from the sums of all, which each block merges alike. The row's first block writes its results.
+At first a block takes a **ticket**, which says what group it is in: so the blocks of a group start one after another,
+and one that waits for the others never waits for one that cannot start, as long as a group's blocks fit the device
+together. :mod:`kdcore.cuda.plans` lets a group have half as many blocks as there are multiprocessors, of which each
+holds two or more, so that this is true beside other calls.
 
-What a block publishes are float64 numbers: m_s, z_s, z_h, m_t, z_t, w, and, where a sum is NaN, what
-:func:`kdcore.cuda.rows.first_bad_class` found; with room for PUBLISHED of them, 64 bytes.
+What a block publishes of a row is a **record** of PUBLISHED float64: m_s, z_s, z_h, m_t, z_t, w, what
+:func:`kdcore.cuda.rows.first_bad_class` found where a sum is NaN, and the label's logit where it is in the slice. All
+are blank before, which no number is (:func:`kdcore.cuda.primitives.is_blank`), and each says by itself that it is
+there: so there is no order of writing or reading to keep, and nothing to wait for but the numbers.
 """
 
 import math
@@ -33,25 +37,26 @@ from kdcore.cuda.kernels import (
 )
 from kdcore.cuda.primitives import (
     add,
-    add_release,
     bind,
     cast,
     device,
+    is_blank,
     itemsize,
     keep_async,
     keep_stored,
     keep_words,
     kept_stored,
     kept_words,
-    load_acquire,
-    load_real,
+    load_published,
     load_stored,
     maxima_of_words,
     maximum,
     octet_of_words,
     shared_address_of,
+    store_published,
     store_real,
     store_stored,
+    to_real,
     to_stored,
     wait_for_copies,
     words_of_octet,
@@ -76,6 +81,7 @@ from kdcore.cuda.sweeps import sweeps
 from kdcore.rowstatus import OK, STUDENT, TEACHER
 
 __all__ = [
+    "BLANK",
     "MOST_BLOCKS",
     "MOST_THREADS",
     "PUBLISHED",
@@ -85,10 +91,22 @@ __all__ = [
     "share_of",
 ]
 
-#: Blocks of a row at most: two for each lane of the warp that merges them.
+#: Blocks of a group at most: two for each lane of the warp that merges them.
 MOST_BLOCKS = 64
 PUBLISHED = 8
+#: What records are filled with, as int64, and tickets count from.
+BLANK = -1
+_RECORD = 8 * PUBLISHED
 _WARP = 32
+
+#: What a block's shared memory has of a row: numbers.
+_WEIGHT, _SCALE, _X, _Y, _HARD, _SOFT_Q, _SOFT_P, _ABOVE, _M_S, _M_T, _Z_S, _Z_H, _Z_T, _W, _LABEL_OF, _NUMBERS = range(
+    16
+)
+#: And integers: the label, whether the row is to be worked, what is wrong, its detail; and of all rows, so that they
+#: take no registers, the slice, its first class, the one after its last, and the groups.
+_LABEL, _STATE, _CODE, _DETAIL, _SLICE, _BEGIN, _END, _GROUPS, _INTEGERS = range(9)
+_WORKED, _MASKED, _BAD = range(3)
 
 #: Threads of a block, and bytes of both rows that it keeps: 4 octets a thread of float32, 8 of 16-bit types.
 MOST_THREADS = 128
@@ -128,14 +146,15 @@ def group_kernel(parts, threads, resident):
     _, _, offsets_of, _, spend_one = sweeps(parts, False)
     #: Classes from one octet of a thread to its next, and bytes of shared memory between the halves of an octet.
     step, half = 8 * threads, 16 * threads
+    nothing = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
     @device
-    def octets_of_slice(begin, end, adjacent):
+    def octets_of_slice(integers, adjacent):
         """(a, b - a) of a thread's first octet, how many lie before the end as a whole, and how many begin before it.
 
         Which classes they have is as :func:`kdcore.cuda.rows.octets_of` says.
         """
-        thread = np.int64(cuda.threadIdx.x)
+        begin, end, thread = integers[_BEGIN], integers[_END], np.int64(cuda.threadIdx.x)
         start, gap = (8 * thread, np.int64(4)) if adjacent else (4 * thread, np.int64(4 * threads))
         left = end - begin - start
         inside = (left - gap - 4 + step) // step if left >= gap + 4 else np.int64(0)
@@ -201,15 +220,16 @@ def group_kernel(parts, threads, resident):
             n += threads
 
     @cuda.jit(device=True)
-    def keep_row(row, octets, begin, end, place, next_place, adjacent, like):
+    def keep_row(row, octets, begin, end, done, place, next_place, adjacent, like):
         """A slice of a row is kept, with -inf beyond its end; see :func:`keep_slice`."""
         start, gap, inside, count = octets
         whole = whole_octets(row)
         if not whole and is_in_line(row, adjacent):
             keep_in_line(row, begin, end, place - 16 * np.int64(cuda.threadIdx.x))
             return
-        quick, source = inside if whole else np.int32(0), row[0] + start * itemsize(row[2])
-        for _ in range(quick):
+        quick, source = inside if whole else np.int32(0), row[0] + (start + done * step) * itemsize(row[2])
+        place += done * next_place
+        for _ in range(done, quick):
             keep_async(place, half, source, np.int64(0), gap, row[2])
             source += step * itemsize(row[2])
             place += next_place
@@ -219,14 +239,37 @@ def group_kernel(parts, threads, resident):
             place += next_place
 
     @device
-    def keep_slice(s, t, octets, begin, end, share, words, adjacent, like):
-        """A slice of both rows is kept, for this thread after ``wait_for_copies``; for others, if this returns True,
-        after a barrier."""
+    def are_whole(s, t):
+        """Whether both rows can be read by 16 bytes, so that a thread keeps what it works, and no more."""
+        return whole_octets(s) and (not soft or whole_octets(t))
+
+    @device
+    def is_written_whole(g, adjacent):
+        """Whether a gradient can be written by 16 bytes."""
+        return whole_octets(g) and (adjacent or itemsize(g[2]) != 2)
+
+    @device
+    def keep_slice(student, teacher, i, integers, done, share, words, adjacent, like):
+        """A slice of row i of both is kept, of which so many octets of this thread have been already.
+
+        For this thread that is so after ``wait_for_copies``; for others, unless the rows are whole, after a barrier.
+        """
+        s, t = row_at(student, i), row_at(teacher, i)
+        begin, end, octets = integers[_BEGIN], integers[_END], octets_of_slice(integers, adjacent)
         place_s, place_t, next_s, next_t = places_of(words, share, (s[2], t[2]))
-        keep_row(s, octets, begin, end, place_s, next_s, adjacent, like)
+        keep_row(s, octets, begin, end, done, place_s, next_s, adjacent, like)
         if soft:
-            keep_row(t, octets, begin, end, place_t, next_t, adjacent, like)
-        return not (whole_octets(s) and (not soft or whole_octets(t)))
+            keep_row(t, octets, begin, end, done, place_t, next_t, adjacent, like)
+
+    @device
+    def kept_class(o, place, next_place, adjacent, tag):
+        """A slice's class o, of a row whose first thread keeps its octets from a place on."""
+        size = itemsize(tag)
+        if size == 2 or not adjacent:
+            place += o * size
+        else:
+            place += o // step * next_place + o % 8 // 4 * half + o % step // 8 * 16 + o % 4 * 4
+        return to_real(kept_stored(place, tag))
 
     @device
     def kept(place_s, place_t, tags):
@@ -238,13 +281,13 @@ def group_kernel(parts, threads, resident):
         return x, y
 
     @cuda.jit(device=True)
-    def tops_of(octets, share, words, tags, like):
+    def tops_of(integers, share, words, tags, adjacent, like):
         """The maxima of a thread's octets, which are kept; -inf if there are none."""
         place_s, place_t, next_s, next_t = places_of(words, share, tags)
         none = cast(-math.inf, like)
         low = none, none, none, none, none, none, none, none
         top_s, top_t = words_of_octet(low, tags[0]), words_of_octet(low, tags[1])
-        for _ in range(octets[3]):
+        for _ in range(octets_of_slice(integers, adjacent)[3]):
             top_s = maxima_of_words(top_s, kept_words(place_s, half, tags[0]), tags[0])
             place_s += next_s
             if soft:
@@ -257,12 +300,12 @@ def group_kernel(parts, threads, resident):
         floors, sums_at, _, add_octet, settle, unit = stages(parts, careful)[:6]
 
         @cuda.jit(device=True)
-        def sums_of(tops, octets, share, words, rates, tags, like, shared):
+        def sums_of(tops, integers, share, words, rates, tags, adjacent, like, shared):
             place_s, place_t, next_s, next_t = places_of(words, share, tags)
             # A thread's maxima come first, so that no sum is to be rescaled, but wait for no other thread's.
             low_s, low_t = floors(rates, like)
             sums = sums_at((maximum(tops[0], low_s), maximum(tops[1], low_t)), rates)
-            for _ in range(octets[3]):
+            for _ in range(octets_of_slice(integers, adjacent)[3]):
                 x, y = kept(place_s, place_t, tags)
                 sums = add_octet(sums, x, y, rates)
                 place_s += next_s
@@ -280,14 +323,15 @@ def group_kernel(parts, threads, resident):
         """The function that writes a slice's gradient by one of the ways, but for what the label adds."""
         of_way = stages(parts, careful)
         references_of, spend = of_way.references, of_way.spend
-        nothing = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
         @cuda.jit(device=True)
-        def spend_slice(g, octets, begin, end, share, words, maxima, rates, tags, factors, adjacent):
+        def spend_slice(g, integers, share, words, maxima, rates, tags, factors, adjacent, ahead, s, t):
+            """``ahead``: octets that are spent are replaced by those of the rows s and t. Returns how many were."""
             references = references_of(maxima, rates)
-            start, gap, inside, count = octets
+            begin, end = integers[_BEGIN], integers[_END]
+            start, gap, inside, count = octets_of_slice(integers, adjacent)
             place_s, place_t, next_s, next_t = places_of(words, share, tags)
-            whole = whole_octets(g) and (adjacent or itemsize(g[2]) != 2)
+            whole = is_written_whole(g, adjacent)
             if itemsize(g[2]) == itemsize(tags[0]) and not whole and is_in_line(g, adjacent):
                 # Where the student's logits are kept, the gradient is, for threads to write neighbours of each other.
                 for _ in range(count):
@@ -298,13 +342,20 @@ def group_kernel(parts, threads, resident):
                     place_t += next_t
                 cuda.syncthreads()
                 write_in_line(g, begin, end, shared_address_of(words))
-                return
+                return np.int32(0)
             quick = inside if whole and not careful else np.int32(0)
             to = g[0] + start * itemsize(g[2])
+            from_s, from_t = s[0] + start * itemsize(tags[0]), t[0] + start * itemsize(tags[1])
             for _ in range(quick):
                 x, y = kept(place_s, place_t, tags)
                 z = spend(x, y, references, rates, factors, nothing)
                 write_octet((to, g[1], g[2]), np.int64(0), gap, end, True, z)
+                if ahead:
+                    keep_async(place_s, half, from_s, np.int64(0), gap, tags[0])
+                    from_s += step * itemsize(tags[0])
+                    if soft:
+                        keep_async(place_t, half, from_t, np.int64(0), gap, tags[1])
+                        from_t += step * itemsize(tags[1])
                 to += step * itemsize(g[2])
                 place_s += next_s
                 place_t += next_t
@@ -314,39 +365,44 @@ def group_kernel(parts, threads, resident):
                 write_octet(g, start + k * step, start + k * step + gap, end, False, z)
                 place_s += next_s
                 place_t += next_t
+            return quick if ahead else np.int32(0)
 
         return spend_slice
 
     spend_quickly, spend_with_care = spending(careful=False), spending(careful=True)
 
     @device
-    def publish(place, maxima, z_s, z_h, z_t, w, bad):
-        store_stored(place, np.float64(maxima[0]))
-        store_stored(place + 8, z_s)
-        store_stored(place + 16, z_h)
-        store_stored(place + 24, np.float64(maxima[1]))
-        store_stored(place + 32, z_t)
-        store_stored(place + 40, w)
-        store_stored(place + 48, bad)
+    def publish(place, maxima, z_s, z_h, z_t, w, bad, x):
+        store_published(place, np.float64(maxima[0]), z_s)
+        store_published(place + 16, z_h, np.float64(maxima[1]))
+        store_published(place + 32, z_t, w)
+        store_published(place + 48, bad, x)
 
     @device
     def published_by(row, k, blocks):
-        """(m_s, z_s, z_h, m_t, z_t, w) of a row's block; of one that there is not, what changes nothing."""
+        """(m_s, z_s, z_h, m_t, z_t, w) of a row's block, and whether it has published; of one that there is not, what
+        changes nothing."""
         if k >= blocks:
-            return -math.inf, 0.0, 0.0, -math.inf, 0.0, 0.0
-        place, zero = row + 8 * PUBLISHED * k, np.float64(0)
-        return (
-            load_stored(place, zero), load_stored(place + 8, zero), load_stored(place + 16, zero),
-            load_stored(place + 24, zero), load_stored(place + 32, zero), load_stored(place + 40, zero),
-        )  # fmt: skip
+            return -math.inf, 0.0, 0.0, -math.inf, 0.0, 0.0, True
+        place = row + _RECORD * k
+        m_s, z_s = load_published(place)
+        z_h, m_t = load_published(place + 16)
+        z_t, w = load_published(place + 32)
+        bad, x = load_published(place + 48)
+        blank = is_blank(m_s) or is_blank(z_s) or is_blank(z_h) or is_blank(m_t) or is_blank(z_t) or is_blank(w)
+        return m_s, z_s, z_h, m_t, z_t, w, not (blank or is_blank(bad) or is_blank(x))
 
     @cuda.jit(device=True)
     def merged(row, blocks, rates, like):
-        """(maxima, z_s, z_h, z_t, w) of a row, from what its blocks have published; for one warp."""
+        """(maxima, z_s, z_h, z_t, w) of a row, once all of its blocks have published; for one warp."""
         lane = np.int64(cuda.threadIdx.x % _WARP)
-        # All is read at once: what memory takes to answer, a row's blocks wait.
-        m_s, z_s, z_h, m_t, z_t, w = published_by(row, lane, blocks)
-        n_s, y_s, y_h, n_t, y_t, v = published_by(row, lane + _WARP, blocks)
+        while True:
+            m_s, z_s, z_h, m_t, z_t, w, there = published_by(row, lane, blocks)
+            n_s, y_s, y_h, n_t, y_t, v, there_too = published_by(row, lane + _WARP, blocks)
+            if there and there_too:
+                break
+            cuda.nanosleep(20)
+        cuda.syncwarp()
         maxima = warp_maximum(maximum(m_s, n_s)), warp_maximum(maximum(m_t, n_t))
         z_s, z_h, z_t, w = rebase(m_s, z_s, z_h, m_t, z_t, w, maxima, rates, like)
         if blocks > _WARP:
@@ -359,127 +415,173 @@ def group_kernel(parts, threads, resident):
         """Of the slices whose sums of the student, or of the teacher, are NaN, the first bad class."""
         least = np.float64(2 * size)
         for k in range(blocks):
-            of_block = row + 8 * PUBLISHED * k
-            if math.isnan(load_stored(of_block + (8 if student else 32), np.float64(0))):
-                least = min(least, load_stored(of_block + 48, np.float64(0)))
+            of_block = row + _RECORD * k
+            z_s, z_t = load_published(of_block)[1], load_published(of_block + 32)[0]
+            if math.isnan(z_s if student else z_t):
+                least = min(least, load_published(of_block + 48)[0])
         return np.int64(least)
+
+    @device
+    def look_up(i, labels, weights, ignore_index, label, weight, size, integers, numbers):
+        """What the block is to know of row i before it works it; by one thread."""
+        masked, code, detail = masked_or_bad(labels, weights, ignore_index, label, weight, size)
+        integers[_LABEL], integers[_CODE], integers[_DETAIL] = label, code, detail
+        integers[_STATE] = _MASKED if masked else (_WORKED if code == OK else _BAD)
+        numbers[_WEIGHT] = weight
 
     @kernel_of(threads, resident)
     def kernel(
         student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
-        c, rates, size, like, gradient, results, status, blocks, share, counters, published,
+        c, rates, size, like, gradient, results, status, rows, blocks, share, tickets, published,
     ):  # fmt: skip
-        """As the row kernel, by ``blocks`` blocks a row, each with ``share`` classes, a multiple of 8.
+        """As the row kernel, by groups of ``blocks`` blocks, each with ``share`` classes of a row, a multiple of 8.
 
-        counters: address of int32 zeros, one of tickets and one for each row, of blocks that have published.
-        published: address of float64 [B, blocks, PUBLISHED].
+        tickets: address of an int32 that is BLANK. published: address of float64 [rows, blocks, PUBLISHED], all of its
+        bits those of BLANK.
         """
-        # Of the second row, from the column 8 on, which reductions of so few warps leave alone: logits of the label,
-        # factors, z_h, maxima, whether the row can be used.
         shared = cuda.shared.array(SCRATCH, float64)
-        about = cuda.shared.array(6, int64)  # the row, the slice, whether the row is masked, what is wrong, the label
+        numbers = cuda.shared.array(_NUMBERS, float64)
+        integers = cuda.shared.array(_INTEGERS, int64)
         words = cuda.shared.array(_WORDS_KEPT, uint32, 16)
         first = cuda.threadIdx.x == 0
-        weight = 0.0
+        tags = student[3], teacher[3]
+        adjacent = itemsize(tags[0]) == 2 or (soft and itemsize(tags[1]) == 2)
         if first:
-            # Blocks mostly start in their order: so what is likely the row is read while the ticket is on its way.
-            likely = np.int64(cuda.blockIdx.x) // blocks
-            weight, label = weight_at(weights, likely), label_at(labels, likely)
-            number = np.int64(add(counters, np.int32(1)))
-            i = number // blocks
-            if i != likely:
-                weight, label = weight_at(weights, i), label_at(labels, i)
-            masked, code, detail = masked_or_bad(labels, weights, ignore_index, label, weight, size)
-            about[0], about[1], about[2] = i, number - i * blocks, 1 if masked else 0
-            about[3], about[4], about[5] = code, detail, label
+            ticket = np.int64(add(tickets, np.int32(1))) - BLANK
+            i = ticket // blocks
+            slice_ = ticket - i * blocks
+            integers[_SLICE], integers[_BEGIN], integers[_END] = slice_, slice_ * share, min((slice_ + 1) * share, size)
+            integers[_GROUPS] = np.int64(cuda.gridDim.x) // blocks
+            look_up(
+                i, labels, weights, ignore_index, label_at(labels, i), weight_at(weights, i), size, integers, numbers
+            )  # fmt: skip
+            shared[0, 0] = i
         cuda.syncthreads()
-        i, slice_, label = about[0], about[1], about[5]
-        begin = slice_ * share
-        end = min(begin + share, size)
-        s, t, g = row_at(student, i), row_at(teacher, i), row_at(gradient, i)
-        if about[2] == 1 or about[3] != OK:
-            value = 0.0 if about[2] == 1 else math.nan
-            if first and slice_ == 0:
-                write_results(results, i, value, value, value)
-                report(status, i, about[3], about[4])
-            if given(gradient):
-                fill_row(g, begin, end, value)
-            return
-
-        tags = s[2], t[2]
-        adjacent = itemsize(s[2]) == 2 or (soft and itemsize(t[2]) == 2)
-        octets = octets_of_slice(begin, end, adjacent)
-        by_others = keep_slice(s, t, octets, begin, end, share, words, adjacent, like)
-        scale = 0.0
-        # While the copies are under way, and before a gradient takes the place of the logits.
-        if first:
-            scale = weight / load_stored(denominator, np.float64(0))
-            if hard:
-                shared[1, 8] = load_real(s[0] + label * s[1], s[2])
-                if soft:
-                    shared[1, 9] = load_real(t[0] + label * t[1], t[2])
-        wait_for_copies()
-        if by_others:
-            cuda.syncthreads()
-        tops = tops_of(octets, share, words, tags, like)
-        maxima, z_s, z_h, z_t, w = gather_quickly(tops, octets, share, words, rates, tags, like, shared)
-        bad = np.int64(2 * size)
-        if no_good(maxima, z_s, z_h, z_t, w, rates):
-            maxima, z_s, z_h, z_t, w = gather_with_care(tops, octets, share, words, rates, tags, like, shared)
-            if math.isnan(z_s):
-                bad = first_bad_class(s, begin, end, shared)
-            elif soft and math.isnan(z_t):
-                bad = first_bad_class(t, begin, end, shared)
-
-        row = published + 8 * PUBLISHED * blocks * i
-        if first:
-            publish(row + 8 * PUBLISHED * slice_, maxima, z_s, z_h, z_t, w, np.float64(bad))
-            arrived = counters + 4 * (1 + i)
-            add_release(arrived, np.int32(1))
-            while load_acquire(arrived) < blocks:
-                cuda.nanosleep(32)
-        if cuda.threadIdx.x < _WARP:
-            cuda.syncwarp()
-            exact, z_s, z_h, z_t, w = merged(row, blocks, rates, like)
-            if first:
-                maxima = cast(exact[0], like), cast(exact[1], like)
-                of_s, of_h, of_t = offsets_of(maxima, rates)
-                hard_q, soft_q, soft_p = factors_of(scale, alpha, kd_scale, temperature, z_s, z_h, z_t)
-                shared[1, 10], shared[1, 11], shared[1, 12] = hard_q * of_h, soft_q * of_s, soft_p * of_t
-                shared[1, 13], shared[1, 14], shared[1, 15] = z_h / of_h, exact[0], exact[1]
-                shared[1, 16] = 1.0 if is_usable(z_s) and (not soft or is_usable(z_t)) else 0.0
-        cuda.syncthreads()
-        usable = shared[1, 16] == 1.0
-        if first and slice_ == 0:
-            if usable:
-                ce, kl = 0.0, 0.0
-                if hard:
-                    ce = scale * cross_entropy_of(cast(shared[1, 8], like), cast(shared[1, 14], like), z_h)
-                if soft:
-                    kl = scale * kd_scale * _forward_kl_from_sums(w, z_t, z_s, teacher_temperature)
-                write_results(results, i, _kd_loss(ce, kl, alpha), ce, kl)
-                report(status, i, OK, 0)
+        i = np.int64(shared[0, 0])
+        if integers[_STATE] == _WORKED:
+            keep_slice(student, teacher, i, integers, np.int32(0), share, words, adjacent, like)
+        while i < rows:
+            ahead, done = False, np.int32(0)
+            if integers[_STATE] != _WORKED:
+                of_all = 0.0 if integers[_STATE] == _MASKED else math.nan
+                if first and integers[_SLICE] == 0:
+                    write_results(results, i, of_all, of_all, of_all)
+                    report(status, i, integers[_CODE], integers[_DETAIL])
+                if given(gradient):
+                    fill_row(row_at(gradient, i), integers[_BEGIN], integers[_END], of_all)
+                cuda.syncthreads()
+                following = i + integers[_GROUPS]
+                if first and following < rows:
+                    weight, label = weight_at(weights, following), label_at(labels, following)
+                    look_up(following, labels, weights, ignore_index, label, weight, size, integers, numbers)
+                cuda.syncthreads()
             else:
-                write_results(results, i, math.nan, math.nan, math.nan)
-                student_is_bad = not is_usable(z_s)
-                condition, v = condition_of(first_bad_of(row, blocks, student_is_bad, size), size)
-                report(status, i, (STUDENT if student_is_bad else TEACHER) + condition, v)
-        if not given(gradient):
-            return
-        if not usable:
-            fill_row(g, begin, end, math.nan)
-            return
-        maxima = cast(shared[1, 14], like), cast(shared[1, 15], like)
-        factors = cast(shared[1, 10], like), cast(shared[1, 11], like), cast(shared[1, 12], like)
-        if large(maxima, rates):
-            spend_with_care(g, octets, begin, end, share, words, maxima, rates, tags, factors, adjacent)
-        else:
-            spend_quickly(g, octets, begin, end, share, words, maxima, rates, tags, factors, adjacent)
-        if hard and begin <= label < end:
-            cuda.syncthreads()
-            if first:  # over what the slice's gradient is
-                x, y, z = cast(shared[1, 8], like), cast(shared[1, 9], like), cast(shared[1, 13], like)
-                of_label = spend_one(x, y, z, maxima, rates, factors, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
-                store_real(g[0] + label * g[1], of_label, g[2])
+                wait_for_copies()
+                if not are_whole(row_at(student, i), row_at(teacher, i)):
+                    cuda.syncthreads()
+                tops = tops_of(integers, share, words, tags, adjacent, like)
+                maxima, z_s, z_h, z_t, w = gather_quickly(
+                    tops, integers, share, words, rates, tags, adjacent, like, shared
+                )  # fmt: skip
+                bad = np.int64(2 * size)
+                if no_good(maxima, z_s, z_h, z_t, w, rates):
+                    maxima, z_s, z_h, z_t, w = gather_with_care(
+                        tops, integers, share, words, rates, tags, adjacent, like, shared
+                    )  # fmt: skip
+                    if math.isnan(z_s):
+                        bad = first_bad_class(row_at(student, i), integers[_BEGIN], integers[_END], shared)
+                    elif soft and math.isnan(z_t):
+                        bad = first_bad_class(row_at(teacher, i), integers[_BEGIN], integers[_END], shared)
+
+                has_label = hard and integers[_BEGIN] <= integers[_LABEL] < integers[_END]
+                if cuda.threadIdx.x < _WARP:
+                    following, label = i + integers[_GROUPS], integers[_LABEL]
+                    row, next_weight, next_label = published + _RECORD * blocks * i, 0.0, np.int64(0)
+                    if first:
+                        x = 0.0
+                        if has_label:
+                            # Others may have kept them: all have waited for their copies, and met in a reduction.
+                            place_s, place_t, next_s, next_t = places_of(words, share, tags)
+                            o = label - integers[_BEGIN]
+                            x = np.float64(kept_class(o, place_s, next_s, adjacent, tags[0]))
+                            numbers[_X] = x
+                            if soft:
+                                numbers[_Y] = np.float64(kept_class(o, place_t, next_t, adjacent, tags[1]))
+                        publish(row + _RECORD * integers[_SLICE], maxima, z_s, z_h, z_t, w, np.float64(bad), x)
+                        if following < rows:
+                            next_weight, next_label = weight_at(weights, following), label_at(labels, following)
+                    cuda.syncwarp()
+                    exact, z_s, z_h, z_t, w = merged(row, blocks, rates, like)
+                    if first:
+                        maxima = cast(exact[0], like), cast(exact[1], like)
+                        scale = numbers[_WEIGHT] / load_stored(denominator, np.float64(0))
+                        of_s, of_h, of_t = offsets_of(maxima, rates)
+                        hard_q, soft_q, soft_p = factors_of(scale, alpha, kd_scale, temperature, z_s, z_h, z_t)
+                        numbers[_HARD], numbers[_SOFT_Q], numbers[_SOFT_P] = hard_q * of_h, soft_q * of_s, soft_p * of_t
+                        numbers[_SCALE], numbers[_ABOVE], numbers[_M_S], numbers[_M_T] = scale, z_h / of_h, *exact
+                        numbers[_Z_S], numbers[_Z_H], numbers[_Z_T], numbers[_W] = z_s, z_h, z_t, w
+                        numbers[_LABEL_OF] = np.float64(label)
+                        if following < rows:
+                            look_up(
+                                following, labels, weights, ignore_index, next_label, next_weight, size, integers,
+                                numbers,
+                            )  # fmt: skip
+                cuda.syncthreads()
+                if given(gradient):
+                    if is_usable(numbers[_Z_S]) and (not soft or is_usable(numbers[_Z_T])):
+                        following = i + integers[_GROUPS]
+                        next_s, next_t = row_at(student, following), row_at(teacher, following)
+                        ahead = following < rows and integers[_STATE] == _WORKED and are_whole(next_s, next_t)
+                        ahead = ahead and are_whole(row_at(student, i), row_at(teacher, i))
+                        ahead = ahead and is_written_whole(row_at(gradient, i), adjacent)
+                        maxima = cast(numbers[_M_S], like), cast(numbers[_M_T], like)
+                        factors = cast(numbers[_HARD], like), cast(numbers[_SOFT_Q], like), cast(numbers[_SOFT_P], like)
+                        if large(maxima, rates):
+                            spend_with_care(
+                                row_at(gradient, i), integers, share, words, maxima, rates, tags, factors, adjacent,
+                                False, next_s, next_t,
+                            )  # fmt: skip
+                        else:
+                            done = spend_quickly(
+                                row_at(gradient, i), integers, share, words, maxima, rates, tags, factors, adjacent,
+                                ahead, next_s, next_t,
+                            )  # fmt: skip
+                        if has_label:
+                            cuda.syncthreads()
+                            if first:  # over what the slice's gradient is
+                                x, y, z = cast(numbers[_X], like), cast(numbers[_Y], like), cast(numbers[_ABOVE], like)
+                                maxima = cast(numbers[_M_S], like), cast(numbers[_M_T], like)
+                                factors = (
+                                    cast(numbers[_HARD], like), cast(numbers[_SOFT_Q], like),
+                                    cast(numbers[_SOFT_P], like),
+                                )  # fmt: skip
+                                g, label = row_at(gradient, i), np.int64(numbers[_LABEL_OF])
+                                of_label = spend_one(x, y, z, maxima, rates, factors, nothing)
+                                store_real(g[0] + label * g[1], of_label, g[2])
+                    else:
+                        fill_row(row_at(gradient, i), integers[_BEGIN], integers[_END], math.nan)
+                if first and integers[_SLICE] == 0:
+                    row = published + _RECORD * blocks * i
+                    if is_usable(numbers[_Z_S]) and (not soft or is_usable(numbers[_Z_T])):
+                        ce, kl = 0.0, 0.0
+                        if hard:
+                            x = load_published(row + _RECORD * (np.int64(numbers[_LABEL_OF]) // share) + 48)[1]
+                            ce = cross_entropy_of(cast(x, like), cast(numbers[_M_S], like), numbers[_Z_H])
+                            ce = numbers[_SCALE] * ce
+                        if soft:
+                            kl = _forward_kl_from_sums(numbers[_W], numbers[_Z_T], numbers[_Z_S], teacher_temperature)
+                            kl = numbers[_SCALE] * kd_scale * kl
+                        write_results(results, i, _kd_loss(ce, kl, alpha), ce, kl)
+                        report(status, i, OK, 0)
+                    else:
+                        write_results(results, i, math.nan, math.nan, math.nan)
+                        student_is_bad = not is_usable(numbers[_Z_S])
+                        condition, v = condition_of(first_bad_of(row, blocks, student_is_bad, size), size)
+                        report(status, i, (STUDENT if student_is_bad else TEACHER) + condition, v)
+            i += integers[_GROUPS]
+            if i < rows and integers[_STATE] == _WORKED:
+                if not ahead:
+                    cuda.syncthreads()  # others may still read what is to be replaced
+                keep_slice(student, teacher, i, integers, done, share, words, adjacent, like)
 
     return kernel

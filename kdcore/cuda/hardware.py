@@ -229,22 +229,43 @@ def add(context, address, value):
 
 
 @intrinsic
-def add_release(context, address, value):
-    def code(context, builder, signature, arguments):
-        text = "red.release.gpu.global.add.u32 [$0], $1;"
-        builder.call(_instruction(text, ir.VoidType(), [_I64, _I32], True, "l,r,~{memory}"), arguments)
-        return context.get_dummy_value()
+def _bits_of(context, x):
+    return types.int64(types.float64), lambda context, builder, signature, arguments: builder.bitcast(
+        arguments[0], _I64
+    )
 
-    return types.void(types.int64, types.int32), code
+
+_BLANK = np.int64(-1)
+_NAN = np.int64(0x7FF8_0000_0000_0000)
+
+
+@cuda.jit(device=True)
+def is_blank(x):
+    return _bits_of(x) == _BLANK
 
 
 @intrinsic
-def load_acquire(context, address):
+def _store_relaxed(context, address, a, b):
     def code(context, builder, signature, arguments):
-        text, constraints = "ld.acquire.gpu.global.u32 $0, [$1];", "=r,l,~{memory}"
-        return builder.call(_instruction(text, _I32, [_I64], True, constraints), arguments)
+        text = "st.relaxed.gpu.global.v2.b64 [$0], {$1, $2};"
+        builder.call(_instruction(text, ir.VoidType(), [_I64] * 3, True, "l,l,l,~{memory}"), arguments)
+        return context.get_dummy_value()
 
-    return types.int32(types.int64), code
+    return types.void(*[types.int64] * 3), code
+
+
+@cuda.jit(device=True)
+def _unblank(bits):
+    # Of the bits, since the compiler takes one NaN for another.
+    return _NAN if bits == _BLANK else bits
+
+
+@cuda.jit(device=True)
+def store_published(address, x, y):
+    _store_relaxed(address, _unblank(_bits_of(x)), _unblank(_bits_of(y)))
+
+
+load_published = _vector_load("f64", "d", ir.DoubleType(), types.float64, 2, "relaxed.gpu.global")
 
 
 # --- storage forms -------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import numpy as np
 
 from kdcore.cuda import kernels, states
 from kdcore.cuda.distillation import parts_of, rates_of
-from kdcore.cuda.groups import PUBLISHED, group_kernel, resident_blocks, share_of
-from kdcore.cuda.memory import full, scratch
+from kdcore.cuda.groups import BLANK, PUBLISHED, group_kernel, resident_blocks, share_of
+from kdcore.cuda.memory import full
 from kdcore.cuda.plans import plan_of, require_bfloat16, shared_memory, threads_of
 from kdcore.cuda.primitives import SIMULATOR, tag_of
 from kdcore.cuda.streams import as_queue, launch, on_device_of
@@ -136,12 +136,14 @@ def _launch_kd(rows, size, itemsizes, parts, term, slope, wide, arguments, strea
     """A KD call by the kernel that is chosen for the current device."""
     plan = plan_of(size, itemsizes, kernels.most_threads(wide), not wide)
     if plan.kernel == "group":
-        counters = full((1 + rows,), np.int32, 0, stream)
-        published = scratch((rows, plan.blocks, PUBLISHED), np.float64, stream)
+        # One array, so that one launch fills it: what is published is blank where all bits are 1; the ticket at its end,
+        # an int32, counts from there on.
+        blank = full((rows * plan.blocks * PUBLISHED + 1,), np.int64, BLANK, stream)
         share = share_of(size, plan.blocks, plan.threads, *itemsizes)
-        arguments = *arguments, plan.blocks, share, counters.address, _start(published)
+        tickets = blank.address + 8 * (blank.size - 1)
+        arguments = *arguments, rows, plan.blocks, share, tickets, blank.address
         kernel = group_kernel(parts, plan.threads, resident_blocks(shared_memory()))
-        launch(kernel, rows * plan.blocks, plan.threads, stream, *arguments)
+        launch(kernel, min(rows, plan.groups) * plan.blocks, plan.threads, stream, *arguments)
     else:
         launch(kernels.kd_kernel(parts, term, slope, wide), rows, plan.threads, stream, *arguments)
 

@@ -32,8 +32,10 @@ Of 16-bit elements b is a + 4, so that they are 16 bytes; of others, two or four
 - ``is_single(like)``: whether a number is a float32, which the compiler knows
 - ``maximum(x, y)``: the larger, or the one that is a number
 - ``log(x)``: of float64; -inf at 0
-- ``add(address, n)``: adds to an int32 and returns what was there; ``add_release(address, n)`` adds after everything
-  that this thread wrote, and ``load_acquire(address)`` reads before everything that follows
+- ``add(address, n)``: adds to an int32 and returns what was there
+- ``store_published(address, x, y)``: two float64, each for the whole device to see; ``load_published(address)``: the
+  two as they are by now; ``is_blank(x)``: whether nothing has been stored over the bits of -1, an int64, which no
+  number and no NaN that is stored has
 """
 
 from functools import cache
@@ -45,12 +47,12 @@ __all__ = [
     "SCRATCH",
     "SIMULATOR",
     "add",
-    "add_release",
     "address_of",
     "bind",
     "cast",
     "device",
     "exp2",
+    "is_blank",
     "is_single",
     "itemsize",
     "keep_async",
@@ -58,8 +60,8 @@ __all__ = [
     "keep_words",
     "kept_stored",
     "kept_words",
-    "load_acquire",
     "load_octet",
+    "load_published",
     "load_real",
     "load_stored",
     "log",
@@ -70,6 +72,7 @@ __all__ = [
     "octet_words",
     "shared_address_of",
     "store_octet",
+    "store_published",
     "store_real",
     "store_stored",
     "tag_of",
@@ -84,12 +87,12 @@ SIMULATOR = bool(config.ENABLE_CUDASIM)
 if SIMULATOR:
     from kdcore.cuda.simulated import (
         add,
-        add_release,
         address_of,
         bind,
         cast,
         device,
         exp2,
+        is_blank,
         is_single,
         itemsize,
         keep_async,
@@ -97,8 +100,8 @@ if SIMULATOR:
         keep_words,
         kept_stored,
         kept_words,
-        load_acquire,
         load_octet,
+        load_published,
         load_real,
         load_stored,
         log,
@@ -109,6 +112,7 @@ if SIMULATOR:
         octet_words,
         shared_address_of,
         store_octet,
+        store_published,
         store_real,
         store_stored,
         to_real,
@@ -119,12 +123,12 @@ if SIMULATOR:
 else:
     from kdcore.cuda.hardware import (
         add,
-        add_release,
         address_of,
         bind,
         cast,
         device,
         exp2,
+        is_blank,
         is_single,
         itemsize,
         keep_async,
@@ -132,8 +136,8 @@ else:
         keep_words,
         kept_stored,
         kept_words,
-        load_acquire,
         load_octet,
+        load_published,
         load_real,
         load_stored,
         log,
@@ -144,6 +148,7 @@ else:
         octet_words,
         shared_address_of,
         store_octet,
+        store_published,
         store_real,
         store_stored,
         to_real,

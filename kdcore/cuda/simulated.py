@@ -148,7 +148,7 @@ def kept_stored(place, tag):
     return load_stored(place, tag)
 
 
-def add_release(address, value):
+def add(address, value):
     with _atomic:
         count = address.bytes(4).view(np.int32)
         before = int(count[0])
@@ -156,12 +156,18 @@ def add_release(address, value):
     return before
 
 
-add = add_release
+def is_blank(x):
+    return np.float64(x).view(np.int64) == -1
 
 
-def load_acquire(address):
-    with _atomic:
-        return int(address.bytes(4).view(np.int32)[0])
+def store_published(address, x, y):
+    values = np.array([x, y])
+    values[values.view(np.int64) == -1] = math.nan
+    address.bytes(16)[:] = values.view(np.uint8)
+
+
+def load_published(address):
+    return tuple(address.bytes(16).view(np.float64))
 
 
 # --- storage forms -------------------------------------------------------------------------------------------------

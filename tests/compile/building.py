@@ -65,7 +65,7 @@ def kd_signature(student, teacher, gradient, wide=False, labels=nb.int64, weight
 
 def group_signature(student, teacher, gradient, labels=nb.int64, weights=nb.float64):
     """Of ``groups.group_kernel``."""
-    return *kd_signature(student, teacher, gradient, False, labels, weights), *(nb.int64,) * 4
+    return *kd_signature(student, teacher, gradient, False, labels, weights), *(nb.int64,) * 5
 
 
 def row_signature(stored, out, wide=False):
