@@ -127,7 +127,8 @@ def kernel(parts, careful):
             z_s, z_h, z_t, w = z_s + a, z_h + b, z_t + c, w + d
         w *= unit(rates[4])
         soft = (1.0 - alpha) * temperature
-        of_s, of_h, of_t = offsets_of(maxima, rates)
+        x_s, x_h, x_t = offsets_of(maxima, rates)
+        of_s, of_h, of_t = small(x_s), small(x_h), small(x_t)
         factors = np.float32(alpha / z_h * of_h), np.float32(soft / z_s * of_s), np.float32(soft / z_t * of_t)
         softmaxes = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         references = references_of(maxima, rates)

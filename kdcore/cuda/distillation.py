@@ -341,15 +341,15 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
 
     @device
     def offsets(maxima, rates):
-        """(of e_s, e_h, e_t) what makes exponentials of :func:`spend` relative to the maxima, in float64."""
+        """Of e_s, e_h, e_t: the exponents, at most 1 / 4, that make them in :func:`spend` relative to the maxima."""
         if careful:
-            return 1.0, 1.0, 1.0
+            return 0.0, 0.0, 0.0
         _, r_s, r_t = references(maxima, rates)
-        of_s, of_t = exp2(offset(r_s, maxima[0], rates[0])), 1.0
-        if soft:
-            of_t = exp2(offset(r_t, maxima[1], rates[1]))
-        d_h = offset(place(maxima[0], rates[2]), maxima[0], rates[2])
-        return of_s, factor_at_one(of_s, d_h, np.float64(rates[2]), of_s), of_t
+        of_s = offset(r_s, maxima[0], rates[0])
+        of_h = of_s * power
+        if power == 0:
+            of_h = offset(place(maxima[0], rates[2]), maxima[0], rates[2])
+        return of_s, of_h, offset(r_t, maxima[1], rates[1])
 
     @device
     def weigh_class(x, y, inside, references, rates, softmaxes):

@@ -235,13 +235,22 @@ def _bits_of(context, x):
     )
 
 
-_BLANK = np.int64(-1)
+@intrinsic
+def _high_half_of(context, x):
+    def code(context, builder, signature, arguments):
+        bits = builder.bitcast(arguments[0], _I64)
+        return builder.trunc(builder.lshr(bits, ir.Constant(_I64, 32)), _I32)
+
+    return types.int32(types.float64), code
+
+
+_BLANK_HALF = np.int32(-1)
 _NAN = np.int64(0x7FF8_0000_0000_0000)
 
 
 @cuda.jit(device=True)
 def is_blank(x):
-    return _bits_of(x) == _BLANK
+    return _high_half_of(x) == _BLANK_HALF
 
 
 @intrinsic
@@ -255,14 +264,14 @@ def _store_relaxed(context, address, a, b):
 
 
 @cuda.jit(device=True)
-def _unblank(bits):
-    # Of the bits, since the compiler takes one NaN for another.
-    return _NAN if bits == _BLANK else bits
+def _never_blank(x):
+    # Of its bits, since the compiler takes one NaN for another.
+    return _NAN if is_blank(x) else _bits_of(x)
 
 
 @cuda.jit(device=True)
 def store_published(address, x, y):
-    _store_relaxed(address, _unblank(_bits_of(x)), _unblank(_bits_of(y)))
+    _store_relaxed(address, _never_blank(x), _never_blank(y))
 
 
 load_published = _vector_load("f64", "d", ir.DoubleType(), types.float64, 2, "relaxed.gpu.global")

@@ -30,6 +30,7 @@ from kdcore.cuda.rows import (
     block_total,
     condition_of,
     cross_entropy_of,
+    exp2_small,
     fill_row,
     first_bad_class,
     is_usable,
@@ -53,6 +54,7 @@ __all__ = [
     "reduce_kernel",
     "row_at",
     "row_kernel",
+    "shares_of",
     "weight_sum_kernel",
 ]
 
@@ -113,10 +115,16 @@ def write_results(results, i, loss, ce, kl):
 
 
 @device
+def shares_of(scale, alpha, kd_scale, temperature):
+    """(hard, soft): what of a row's scale its gradient has of cross-entropy's softmax, and of the divergence's."""
+    return scale * alpha, scale * (1.0 - alpha) * kd_scale / temperature
+
+
+@device
 def factors_of(scale, alpha, kd_scale, temperature, z_s, z_h, z_t):
     """(hard, soft_q, soft_p) of forward KL, in float64; of the slopes, with 1 for z_s and z_t, but for their mean."""
-    soft = scale * (1.0 - alpha) * kd_scale / temperature
-    return scale * alpha / z_h, soft / z_s, soft / z_t
+    hard, soft = shares_of(scale, alpha, kd_scale, temperature)
+    return hard / z_h, soft / z_s, soft / z_t
 
 
 @device
@@ -197,7 +205,8 @@ def kd_kernel(parts, term, slope, wide):
         if first or two_formulas:
             scale = weight / load_stored(denominator, np.float64(0))
         if first:
-            of_s, of_h, of_t = offsets_of(maxima, rates)
+            x_s, x_h, x_t = offsets_of(maxima, rates)
+            of_s, of_h, of_t = exp2_small(x_s), exp2_small(x_h), exp2_small(x_t)
             hard_q, soft_q, soft_p = factors_of(scale, alpha, kd_scale, temperature, row_s, row_h, row_t)
             shared[1, 0], shared[1, 1], shared[1, 2] = hard_q * of_h, soft_q * of_s, soft_p * of_t
             if hard:  # before the barrier behind which a gradient may take the place of the logits

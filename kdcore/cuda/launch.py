@@ -136,8 +136,7 @@ def _launch_kd(rows, size, itemsizes, parts, term, slope, wide, arguments, strea
     """A KD call by the kernel that is chosen for the current device."""
     plan = plan_of(size, itemsizes, kernels.most_threads(wide), not wide)
     if plan.kernel == "group":
-        # One array, so that one launch fills it: what is published is blank where all bits are 1; the ticket at its end,
-        # an int32, counts from there on.
+        # One array, so that one launch fills it: the records, and behind them the tickets.
         blank = full((rows * plan.blocks * PUBLISHED + 1,), np.int64, BLANK, stream)
         share = share_of(size, plan.blocks, plan.threads, *itemsizes)
         tickets = blank.address + 8 * (blank.size - 1)

@@ -3,9 +3,9 @@
 The **row kernel** has one block a row, which reads the row twice: first for maxima and sums, then, backwards, for the
 gradient. That is one read of memory as long as the rows that all multiprocessors work on at a time stay in the second
 level cache. The **group kernel** has one or several blocks a row, a group, each of which keeps its slice in shared
-memory, so that every logit is read once; as many groups as the device holds work row after row. On an H200 it was faster by a fifth at 131,072 classes, and by a tenth at 32,768, where
-the cache would do (benchmarks/LOG.md). It needs room for several blocks on a multiprocessor, which wait for each other
-in turn.
+memory, so that every logit is read once; as many groups as the device holds work row after row. On an H200 it was
+faster by a fifth at 131,072 classes, and by a tenth at 32,768, where the cache would do (benchmarks/LOG.md). It needs
+room for several blocks on a multiprocessor, which wait for each other in turn.
 
 The choice depends on the classes, the dtypes and the device, not on the number of rows: a row's result is the same, bit
 by bit, in whatever batch it comes. :func:`explain` says it in words, :func:`using` overrides it::

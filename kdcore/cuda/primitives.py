@@ -34,8 +34,8 @@ Of 16-bit elements b is a + 4, so that they are 16 bytes; of others, two or four
 - ``log(x)``: of float64; -inf at 0
 - ``add(address, n)``: adds to an int32 and returns what was there
 - ``store_published(address, x, y)``: two float64, each for the whole device to see; ``load_published(address)``: the
-  two as they are by now; ``is_blank(x)``: whether nothing has been stored over the bits of -1, an int64, which no
-  number and no NaN that is stored has
+  two as they are by now; ``is_blank(x)``: whether nothing has been stored over the bits of an int64 of -1, the first
+  half of which no number has, and no NaN that is stored
 """
 
 from functools import cache

@@ -82,12 +82,14 @@ __all__ = [
     "carry",
     "condition_of",
     "cross_entropy_of",
+    "exp2_small",
     "factor_of",
     "fill_row",
     "first_bad_class",
     "floor_of",
     "is_large",
     "is_usable",
+    "lane_and_warp",
     "largest",
     "log_softmax_row",
     "logsumexp_of",
@@ -101,6 +103,7 @@ __all__ = [
     "total",
     "warp_maximum",
     "warp_total",
+    "warp_totals",
     "way_of",
     "whole_octets",
     "write_octet",
@@ -130,6 +133,12 @@ def row_of(array):
 
 
 @cuda.jit(device=True)
+def lane_and_warp():
+    """Which of its warp's threads this one is, and which warp that is. By bits: quotients that round down are long."""
+    return cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
+
+
+@cuda.jit(device=True)
 def warp_maximum(x):
     """The maximum of a warp, in each of its lanes; NaN does not count."""
     offset = _WARP // 2
@@ -153,7 +162,7 @@ def warp_total(x):
 def block_maxima(a, b, shared):
     """The maxima of a and of b over the block, in their type; NaN does not count."""
     a, b = warp_maximum(a), warp_maximum(b)
-    lane, warp = cuda.threadIdx.x % _WARP, cuda.threadIdx.x // _WARP
+    lane, warp = lane_and_warp()
     if lane == 0:
         shared[0, warp] = a
         shared[1, warp] = b
@@ -174,15 +183,15 @@ def carry(sum_, low, part):
 
 
 @cuda.jit(device=True)
-def _warp_totals(a, b, c, d):
+def warp_totals(a, b, c, d):
     """The sums of four float64 over a warp, by 6 shuffles, not 20: of a in lanes 0 to 7, then of c, of b and of d."""
-    lane = cuda.threadIdx.x % _WARP
+    lane, _ = lane_and_warp()
     upper = lane >= 16
     a, b = (b, a) if upper else (a, b)  # a lane keeps a or b, and gives the other to one that keeps that
     c, d = (d, c) if upper else (c, d)
     a += cuda.shfl_xor_sync(_ALL_LANES, b, 16)
     c += cuda.shfl_xor_sync(_ALL_LANES, d, 16)
-    a, c = (c, a) if lane % 16 >= 8 else (a, c)
+    a, c = (c, a) if lane & 8 != 0 else (a, c)
     a += cuda.shfl_xor_sync(_ALL_LANES, c, 8)
     a += cuda.shfl_xor_sync(_ALL_LANES, a, 4)
     a += cuda.shfl_xor_sync(_ALL_LANES, a, 2)
@@ -194,18 +203,18 @@ def block_sums(a, b, c, d, shared):
     """The sums of four float64 over the block, in an order that its size decides."""
     # Rows 2 to 5 of the scratch are those of the warps, row 6 is that of the block: so the next call may write the
     # former before all have read the latter.
-    lane, warp = cuda.threadIdx.x % _WARP, cuda.threadIdx.x // _WARP
-    own = _warp_totals(a, b, c, d)
-    if lane % 8 == 0:
-        shared[2 + lane // 8, warp] = own
+    lane, warp = lane_and_warp()
+    own = warp_totals(a, b, c, d)
+    if lane & 7 == 0:
+        shared[2 + lane >> 3, warp] = own
     cuda.syncthreads()
     if warp == 0:
         inside = lane < cuda.blockDim.x // _WARP
         a, c = shared[2, lane] if inside else 0.0, shared[3, lane] if inside else 0.0
         b, d = shared[4, lane] if inside else 0.0, shared[5, lane] if inside else 0.0
-        own = _warp_totals(a, b, c, d)
-        if lane % 8 == 0:
-            shared[6, lane // 8] = own
+        own = warp_totals(a, b, c, d)
+        if lane & 7 == 0:
+            shared[6, lane >> 3] = own
     cuda.syncthreads()
     return shared[6, 0], shared[6, 2], shared[6, 1], shared[6, 3]
 
@@ -214,7 +223,7 @@ def block_sums(a, b, c, d, shared):
 def block_total(x, shared):
     """The sum of a float64 over the block."""
     x = warp_total(x)
-    lane, warp = cuda.threadIdx.x % _WARP, cuda.threadIdx.x // _WARP
+    lane, warp = lane_and_warp()
     if lane == 0:
         shared[0, warp] = x
     cuda.syncthreads()
@@ -343,6 +352,22 @@ def factor_of(exponent, like):
     if rounded == -math.inf:
         return 0.0
     return np.float64(exp2(rounded)) * (1.0 + _LN2 * (exponent - np.float64(rounded)))
+
+
+@device
+def exp2_small(x):
+    """2 to the power of a float64 of at most 1 / 4, by its series: what is left out is less than 1e-16."""
+    x *= _LN2
+    e = 1.0 + x * (1.0 / 10)
+    e = 1.0 + x * (1.0 / 9) * e
+    e = 1.0 + x * (1.0 / 8) * e
+    e = 1.0 + x * (1.0 / 7) * e
+    e = 1.0 + x * (1.0 / 6) * e
+    e = 1.0 + x * (1.0 / 5) * e
+    e = 1.0 + x * (1.0 / 4) * e
+    e = 1.0 + x * (1.0 / 3) * e
+    e = 1.0 + x * (1.0 / 2) * e
+    return 1.0 + x * e
 
 
 class Way(NamedTuple):

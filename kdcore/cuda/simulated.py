@@ -157,12 +157,12 @@ def add(address, value):
 
 
 def is_blank(x):
-    return np.float64(x).view(np.int64) == -1
+    return np.float64(x).view(np.int64) >> 32 == -1
 
 
 def store_published(address, x, y):
     values = np.array([x, y])
-    values[values.view(np.int64) == -1] = math.nan
+    values[values.view(np.int64) >> 32 == -1] = math.nan
     address.bytes(16)[:] = values.view(np.uint8)
 
 

@@ -13,7 +13,7 @@ from numba import cuda, float64
 from kdcore import formulas
 from kdcore.cuda.kernels import factors_of, given, kernel_of, label_at, most_threads, row_at, weight_at, write_results
 from kdcore.cuda.primitives import bind, cast, device, itemsize, load_real, load_stored, store_real, store_stored
-from kdcore.cuda.rows import SCRATCH, fill_row, is_usable, whole_octets
+from kdcore.cuda.rows import SCRATCH, exp2_small, fill_row, is_usable, whole_octets
 from kdcore.cuda.sweeps import sweeps
 from kdcore.formulas import HEADROOM
 
@@ -186,7 +186,8 @@ def gradient_kernel(parts, wide):
         cuda.syncthreads()  # before a gradient may take the place of the label's logit
         if not soft:
             z_s, z_t = 1.0, 1.0
-        of_s, of_h, of_t = offsets_of(maxima, rates)
+        x_s, x_h, x_t = offsets_of(maxima, rates)
+        of_s, of_h, of_t = exp2_small(x_s), exp2_small(x_h), exp2_small(x_t)
         hard_q, soft_q, soft_p = factors_of(scale_i, alpha, kd_scale, temperature, z_s, z_h, z_t)
         factors = cast(hard_q * of_h, like), cast(soft_q * of_s, like), cast(soft_p * of_t, like)
         softmaxes = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)

@@ -168,7 +168,7 @@ def sweeps(parts: Any, wide: bool, term: Any = None, slope: Any = None) -> Sweep
 
     @device
     def offsets_of(maxima, rates):
-        """(of e_s, e_h, e_t) what exponentials are to be multiplied by to be relative to the maxima, in float64."""
+        """Of e_s, e_h, e_t: the exponents that make them relative to the maxima; see the stages."""
         return offsets_with_care(maxima, rates) if large(maxima, rates) else offsets_quickly(maxima, rates)
 
     @device
