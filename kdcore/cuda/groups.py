@@ -1,26 +1,24 @@
 """The KD kernel of several blocks a row: each logit is read from memory once, and waits in shared memory for the sums.
 
-A row's classes are cut into as many slices as blocks work on it, a **group** of blocks. A block works the same slice of
-one row after another: it keeps the slice, publishes its sums, waits until all of the group have published theirs, and
-writes its part of the gradient from the sums of all, which each block merges alike; while it writes, the same slice of
-the group's next row takes the place of what it has written the gradient of. The group's first block writes results.
+A row's classes are cut into as many slices as blocks work on it. A block takes a **ticket**, by which it knows its row
+and slice: so the blocks of a row start one after another, and one that waits for the others of its row never waits for
+one that cannot start, as long as a row's blocks fit the device together. :mod:`kdcore.cuda.plans` lets a row have half
+as many blocks as there are multiprocessors, of which each holds two or more, so that this is true beside other calls.
 
-At first a block takes a **ticket**, which says what group it is in: so the blocks of a group start one after another,
-and one that waits for the others never waits for one that cannot start, as long as a group's blocks fit the device
-together. :mod:`kdcore.cuda.plans` lets a group have half as many blocks as there are multiprocessors, of which each
-holds two or more, so that this is true beside other calls.
+A block keeps its slice, publishes its sums, waits until all of the row's blocks have, and writes its part of the
+gradient from the sums of all, which each block merges alike. The row's first block writes its results.
 
-What a block publishes of a row is a **record** of PUBLISHED float64: m_s, z_s, z_h, m_t, z_t, w, what
+What a block publishes is a **record** of PUBLISHED float64: m_s, z_s, z_h, m_t, z_t, w, what
 :func:`kdcore.cuda.rows.first_bad_class` found where a sum is NaN, and the label's logit where it is in the slice. All
-are blank before, which no number is (:func:`kdcore.cuda.primitives.is_blank`), and each says by itself that it is
-there: so there is no order of writing or reading to keep, and nothing to wait for but the numbers.
+are blank before, which no number is (:func:`kdcore.cuda.primitives.is_blank`), so each says by itself that it is there,
+and there is no order of writing and reading to wait for.
 """
 
 import math
 from functools import cache
 
 import numpy as np
-from numba import cuda, float32, float64, int64, uint32
+from numba import cuda, float64, int64, uint32
 
 from kdcore import formulas
 from kdcore.cuda.distillation import questions, rebase_of, stages
@@ -93,33 +91,26 @@ __all__ = [
     "share_of",
 ]
 
-#: Blocks of a group at most: two for each lane of the warp that merges them.
+#: Blocks of a row at most: two for each lane of the warp that merges them.
 MOST_BLOCKS = 64
 PUBLISHED = 8
 #: What records are filled with, as int64, and tickets count from.
 BLANK = -1
 _RECORD = 8 * PUBLISHED
 _WARP = 32
+_ALL_LANES = 0xFFFFFFFF
 
-#: What a block's shared memory has of a row, for two rows in turn: integers, the label, whether the row is to be
-#: worked, what is wrong, its detail, whether it can be read and written by 16 bytes, and replaced while it is spent.
-_LABEL, _STATE, _CODE, _DETAIL, _WHOLE, _AHEAD, _INTEGERS = range(7)
-_WORKED, _MASKED, _BAD = range(3)
-#: And numbers: weight / denominator, what of it goes to cross-entropy and to the divergence; and, of the first of the
-#: two alone, the denominator.
-_SCALE, _HARD, _SOFT, _TOTAL, _SCALES = range(5)
-#: For one row: z_s, z_t, z_h and w; what each is divided by for the gradient's factors, and what z_h is divided by for
-#: the label; the maxima; the label's logits.
-_Z_S, _Z_T, _Z_H, _W, _OF_S, _OF_T, _OF_H, _OF_W, _BELOW, _M_S, _M_T, _X, _Y, _NUMBERS = range(14)
-#: For all rows: the slice, its first class, its classes, the groups; and whether a row is to be gathered again.
-_SLICE, _BEGIN, _COUNT, _GROUPS, _AGAIN, _CONSTANTS = range(6)
+#: What a block's shared memory has of its row. Integers: the row, the slice, whether it is masked, what is wrong, its
+#: detail, the label.
+_ROW, _SLICE, _MASKED, _CODE, _DETAIL, _LABEL, _INTEGERS = range(7)
+#: Numbers: z_s, z_t, z_h and w; the factors of the gradient's parts, in that order; what z_h is divided by for the
+#: label; the maxima; the label's logits; weight / denominator, what of it goes to cross-entropy and to the divergence.
+_Z_S, _Z_T, _Z_H, _W, _OF_S, _OF_T, _OF_H, _OF_W, _BELOW, _M_S, _M_T, _X, _Y, _SCALE, _HARD, _SOFT, _NUMBERS = range(17)
 
 #: Threads of a block, and bytes of both rows that it keeps: 4 octets a thread of float32, 8 of 16-bit types.
 MOST_THREADS = 128
 _KEPT = 4 * MOST_THREADS * 64
 _WORDS_KEPT = _KEPT // 4
-# Shapes of shared arrays, which Numba takes as constants alone.
-_TOPS, _ABOUT, _SCALES_OF = (2, MOST_THREADS // _WARP), (2, _INTEGERS), (2, _SCALES)
 
 _kd_loss = bind(formulas.kd_loss)
 _forward_kl_from_sums = bind(formulas.forward_kl_from_sums)
@@ -157,16 +148,16 @@ def group_kernel(parts, threads, resident):
     nothing = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
     @device
-    def octets_of_slice(constants, adjacent):
-        """(a, b - a) of a thread's first octet in a slice, how many lie in it as a whole, and how many begin in it.
+    def octets_of_slice(begin, end, adjacent):
+        """(a, b - a) of a thread's first octet, how many lie before the end as a whole, and how many begin before it.
 
         Which classes they have is as :func:`kdcore.cuda.rows.octets_of` says.
         """
-        thread = np.int32(cuda.threadIdx.x)
-        start, gap = (np.int32(8 * thread), np.int32(4)) if adjacent else (np.int32(4 * thread), np.int32(4 * threads))
-        left = np.int32(np.int32(constants[_COUNT]) - start)
-        inside = np.int32((left - gap - 4 + step) // step) if left >= gap + 4 else np.int32(0)
-        return start, gap, inside, np.int32((left + step - 1) // step) if left > 0 else np.int32(0)
+        thread = np.int64(cuda.threadIdx.x)
+        start, gap = (8 * thread, np.int64(4)) if adjacent else (4 * thread, np.int64(4 * threads))
+        left = end - begin - start
+        inside = (left - gap - 4 + step) // step if left >= gap + 4 else np.int64(0)
+        return begin + start, gap, np.int32(inside), np.int32((left + step - 1) // step if left > 0 else np.int64(0))
 
     @device
     def places_of(words, share, tags):
@@ -228,45 +219,32 @@ def group_kernel(parts, threads, resident):
             n += threads
 
     @cuda.jit(device=True)
-    def keep_row(row, constants, done, place, next_place, adjacent, like):
+    def keep_row(row, octets, begin, end, place, next_place, adjacent, like):
         """A slice of a row is kept, with -inf beyond its end; see :func:`keep_slice`."""
-        start, gap, inside, count = octets_of_slice(constants, adjacent)
-        begin, whole = constants[_BEGIN], whole_octets(row)
-        end = begin + constants[_COUNT]
+        start, gap, inside, count = octets
+        whole = whole_octets(row)
         if not whole and is_in_line(row, adjacent):
             keep_in_line(row, begin, end, place - 16 * np.int64(cuda.threadIdx.x))
             return
-        quick, source = inside if whole else np.int32(0), row[0] + (begin + start + done * step) * itemsize(row[2])
-        place += done * next_place
-        for _ in range(done, quick):
+        quick, source = inside if whole else np.int32(0), row[0] + start * itemsize(row[2])
+        for _ in range(quick):
             keep_async(place, half, source, np.int64(0), gap, row[2])
             source += step * itemsize(row[2])
             place += next_place
         for k in range(quick, count):
-            a = begin + start + k * step
+            a = start + k * step
             keep_words(place, half, words_of_octet(octet_of(row, a, a + gap, end, False, like), row[2]), row[2])
             place += next_place
 
     @device
-    def are_whole(s, t):
-        """Whether both rows can be read by 16 bytes, so that a thread keeps what it works, and no more."""
-        return whole_octets(s) and (not soft or whole_octets(t))
-
-    @device
-    def is_written_whole(g, adjacent):
-        """Whether a gradient can be written by 16 bytes."""
-        return whole_octets(g) and (adjacent or itemsize(g[2]) != 2)
-
-    @device
-    def keep_slice(s, t, constants, done, share, words, adjacent, like):
-        """A slice of both rows is kept, of which so many octets of this thread have been already.
-
-        For this thread that is so after ``wait_for_copies``; for others, unless the rows are whole, after a barrier.
-        """
+    def keep_slice(s, t, octets, begin, end, share, words, adjacent, like):
+        """A slice of both rows is kept, for this thread after ``wait_for_copies``; for others, if this returns True,
+        after a barrier."""
         place_s, place_t, next_s, next_t = places_of(words, share, (s[2], t[2]))
-        keep_row(s, constants, done, place_s, next_s, adjacent, like)
+        keep_row(s, octets, begin, end, place_s, next_s, adjacent, like)
         if soft:
-            keep_row(t, constants, done, place_t, next_t, adjacent, like)
+            keep_row(t, octets, begin, end, place_t, next_t, adjacent, like)
+        return not (whole_octets(s) and (not soft or whole_octets(t)))
 
     @device
     def kept_class(o, place, next_place, adjacent, tag):
@@ -288,13 +266,13 @@ def group_kernel(parts, threads, resident):
         return x, y
 
     @cuda.jit(device=True)
-    def tops_of(constants, share, words, tags, adjacent, like):
+    def tops_of(octets, share, words, tags, like):
         """The maxima of a thread's octets, which are kept; -inf if there are none."""
         place_s, place_t, next_s, next_t = places_of(words, share, tags)
         none = cast(-math.inf, like)
         low = none, none, none, none, none, none, none, none
         top_s, top_t = words_of_octet(low, tags[0]), words_of_octet(low, tags[1])
-        for _ in range(octets_of_slice(constants, adjacent)[3]):
+        for _ in range(octets[3]):
             top_s = maxima_of_words(top_s, kept_words(place_s, half, tags[0]), tags[0])
             place_s += next_s
             if soft:
@@ -302,92 +280,41 @@ def group_kernel(parts, threads, resident):
                 place_t += next_t
         return largest(octet_of_words(top_s, tags[0])), largest(octet_of_words(top_t, tags[1]))
 
-    quick, with_care = stages(parts, False), stages(parts, True)
-
     def gathering(careful):
-        """The function that returns a thread's sums, relative to maxima, by one of the ways."""
-        of_way = with_care if careful else quick
-        sums_at, add_octet = of_way.sums_at, of_way.add_octet
+        """The function that returns a slice's maxima and sums by one of the ways."""
+        floors, sums_at, _, add_octet, settle, unit = stages(parts, careful)[:6]
 
         @cuda.jit(device=True)
-        def gather(maxima, constants, share, words, rates, tags, adjacent):
+        def sums_of(tops, octets, share, words, rates, tags, like, shared):
             place_s, place_t, next_s, next_t = places_of(words, share, tags)
-            sums = sums_at(maxima, rates)
-            for _ in range(octets_of_slice(constants, adjacent)[3]):
+            # A thread's maxima come first, so that no sum is to be rescaled, but wait for no other thread's.
+            low_s, low_t = floors(rates, like)
+            sums = sums_at((maximum(tops[0], low_s), maximum(tops[1], low_t)), rates)
+            for _ in range(octets[3]):
                 x, y = kept(place_s, place_t, tags)
                 sums = add_octet(sums, x, y, rates)
                 place_s += next_s
                 place_t += next_t
-            return sums
+            maxima = block_maxima(sums[0], sums[6], shared)
+            z_s, z_h, z_t, w = settle(sums, maxima, rates, like)
+            z_s, z_h, z_t, w = block_sums(z_s, z_h, z_t, w, shared)
+            return maxima, z_s, z_h, z_t, w * unit(rates[4])
 
-        return gather
+        return sums_of
 
-    gather_quickly, gather_carefully = gathering(careful=False), gathering(careful=True)
-
-    @cuda.jit(device=True)
-    def write_tops(top_s, top_t, tops):
-        """A warp's maxima, for :func:`slice_maxima` after a barrier; ``tops`` is float32 [2, warps]."""
-        top_s, top_t = warp_maximum(top_s), warp_maximum(top_t)
-        lane, warp = lane_and_warp()
-        if lane == 0:
-            tops[0, warp], tops[1, warp] = top_s, top_t
-
-    @device
-    def slice_maxima(tops, rates, like):
-        """What the sums of a slice that is gathered quickly are relative to."""
-        top_s, top_t = quick.floors(rates, like)
-        for k in range(threads // _WARP):
-            top_s, top_t = maximum(top_s, tops[0, k]), maximum(top_t, tops[1, k])
-        return top_s, top_t
-
-    @cuda.jit(device=True)
-    def sum_up(sums, shared):
-        """A warp's sums, of threads that have the same maxima, for :func:`summed_up` after a barrier."""
-        _, _, z_s, low_s, z_h, low_h, _, _, z_t, low_t, w, low_w = sums
-        own = warp_totals(
-            np.float64(z_s) + np.float64(low_s), np.float64(z_h) + np.float64(low_h),
-            np.float64(z_t) + np.float64(low_t), np.float64(w) + np.float64(low_w),
-        )  # fmt: skip
-        lane, warp = lane_and_warp()
-        if lane & 7 == 0:
-            shared[2 + (lane >> 3), warp] = own
-
-    @cuda.jit(device=True)
-    def summed_up(maxima, rates, like, shared):
-        """(z_s, z_h, z_t, w) of a slice that has been gathered quickly, relative to its maxima."""
-        z_s, z_t, z_h, w = shared[2, 0], shared[3, 0], shared[4, 0], shared[5, 0]
-        for k in range(1, threads // _WARP):
-            z_s, z_t, z_h, w = z_s + shared[2, k], z_t + shared[3, k], z_h + shared[4, k], w + shared[5, k]
-        m_s, r_s, _, _, _, _, m_t, r_t, _, _, _, _ = quick.sums_at(maxima, rates)
-        sums = m_s, r_s, z_s, 0.0, z_h, 0.0, m_t, r_t, z_t, 0.0, w, 0.0
-        z_s, z_h, z_t, w = quick.settle(sums, maxima, rates, like)
-        return z_s, z_h, z_t, w * quick.unit(rates[4])
-
-    @cuda.jit(device=True)
-    def gathered_with_care(tops, constants, share, words, rates, tags, adjacent, like, shared):
-        """(maxima, z_s, z_h, z_t, w) of a slice, from the maxima of a thread."""
-        low_s, low_t = with_care.floors(rates, like)
-        own = maximum(tops[0], low_s), maximum(tops[1], low_t)
-        sums = gather_carefully(own, constants, share, words, rates, tags, adjacent)
-        maxima = block_maxima(sums[0], sums[6], shared)
-        z_s, z_h, z_t, w = with_care.settle(sums, maxima, rates, like)
-        z_s, z_h, z_t, w = block_sums(z_s, z_h, z_t, w, shared)
-        return maxima, z_s, z_h, z_t, w * with_care.unit(rates[4])
+    gather_quickly, gather_with_care = gathering(careful=False), gathering(careful=True)
 
     def spending(careful):
         """The function that writes a slice's gradient by one of the ways, but for what the label adds."""
-        of_way = with_care if careful else quick
+        of_way = stages(parts, careful)
         references_of, spend = of_way.references, of_way.spend
 
         @cuda.jit(device=True)
-        def spend_slice(g, constants, share, words, maxima, rates, tags, factors, adjacent, ahead, s, t):
-            """``ahead``: octets that are spent are replaced by those of the rows s and t. Returns how many were."""
+        def spend_slice(g, octets, begin, end, share, words, maxima, rates, tags, factors, adjacent):
             references = references_of(maxima, rates)
-            start, gap, inside, count = octets_of_slice(constants, adjacent)
-            begin = constants[_BEGIN]
-            end = begin + constants[_COUNT]
+            start, gap, inside, count = octets
             place_s, place_t, next_s, next_t = places_of(words, share, tags)
-            whole = is_written_whole(g, adjacent)
+            whole = whole_octets(g) and (adjacent or itemsize(g[2]) != 2)
             if itemsize(g[2]) == itemsize(tags[0]) and not whole and is_in_line(g, adjacent):
                 # Where the student's logits are kept, the gradient is, for threads to write neighbours of each other.
                 for _ in range(count):
@@ -398,35 +325,26 @@ def group_kernel(parts, threads, resident):
                     place_t += next_t
                 cuda.syncthreads()
                 write_in_line(g, begin, end, shared_address_of(words))
-                return np.int32(0)
+                return
             quick = inside if whole and not careful else np.int32(0)
-            to = g[0] + (begin + start) * itemsize(g[2])
-            from_s, from_t = s[0] + (begin + start) * itemsize(tags[0]), t[0] + (begin + start) * itemsize(tags[1])
+            to = g[0] + start * itemsize(g[2])
             for _ in range(quick):
                 x, y = kept(place_s, place_t, tags)
                 z = spend(x, y, references, rates, factors, nothing)
                 write_octet((to, g[1], g[2]), np.int64(0), gap, end, True, z)
-                if ahead:
-                    keep_async(place_s, half, from_s, np.int64(0), gap, tags[0])
-                    from_s += step * itemsize(tags[0])
-                    if soft:
-                        keep_async(place_t, half, from_t, np.int64(0), gap, tags[1])
-                        from_t += step * itemsize(tags[1])
                 to += step * itemsize(g[2])
                 place_s += next_s
                 place_t += next_t
             for k in range(quick, count):
                 x, y = kept(place_s, place_t, tags)
                 z = spend(x, y, references, rates, factors, nothing)
-                a = begin + start + k * step
-                write_octet(g, a, a + gap, end, False, z)
+                write_octet(g, start + k * step, start + k * step + gap, end, False, z)
                 place_s += next_s
                 place_t += next_t
-            return quick if ahead else np.int32(0)
 
         return spend_slice
 
-    spend_quickly, spend_carefully = spending(careful=False), spending(careful=True)
+    spend_quickly, spend_with_care = spending(careful=False), spending(careful=True)
 
     @device
     def publish(place, maxima, z_s, z_h, z_t, w, bad, x):
@@ -434,16 +352,6 @@ def group_kernel(parts, threads, resident):
         store_published(place + 16, z_h, np.float64(maxima[1]))
         store_published(place + 32, z_t, w)
         store_published(place + 48, bad, x)
-
-    @device
-    def look_up(about, scales, weight, label, found, total, alpha, kd_scale, temperature):
-        """What a block is to know of a row before it works it; by one thread."""
-        masked, code, detail = found
-        about[_LABEL], about[_CODE], about[_DETAIL] = label, code, detail
-        about[_STATE] = _MASKED if masked else (_WORKED if code == OK else _BAD)
-        scale = weight / total
-        scales[_SCALE] = scale
-        scales[_HARD], scales[_SOFT] = shares_of(scale, alpha, kd_scale, temperature)
 
     @device
     def published_by(row, k, blocks):
@@ -490,192 +398,133 @@ def group_kernel(parts, threads, resident):
                 least = min(least, load_published(of_block + 48)[0])
         return np.int64(least)
 
+    @cuda.jit(device=True)
+    def begin_row(labels, weights, ignore_index, size, rows, blocks, tickets, integers, numbers):
+        """Takes a ticket, and looks up what the block is to know of its row before it reads it; for one warp."""
+        # Blocks mostly start about in their order: of the rows around that, labels and weights are read, by a lane
+        # each, while the ticket is on its way.
+        lane, _ = lane_and_warp()
+        likely = min(max(np.int64(cuda.blockIdx.x) // blocks + lane - _WARP // 2, np.int64(0)), rows - 1)
+        number = np.int64(add(tickets, np.int32(1))) - BLANK if lane == 0 else np.int64(0)
+        weight, label = weight_at(weights, likely), label_at(labels, likely)
+        number = cuda.shfl_sync(_ALL_LANES, number, 0)
+        i = number // blocks
+        known = likely == i
+        if cuda.ballot_sync(_ALL_LANES, known) == 0:
+            weight, label, known = weight_at(weights, i), label_at(labels, i), lane == 0
+        if known:
+            masked, code, detail = masked_or_bad(labels, weights, ignore_index, label, weight, size)
+            integers[_ROW], integers[_SLICE], integers[_MASKED] = i, number - i * blocks, 1 if masked else 0
+            integers[_CODE], integers[_DETAIL], integers[_LABEL] = code, detail, label
+            numbers[_SCALE] = weight
+
     @kernel_of(threads, resident)
     def kernel(
         student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
         c, rates, size, like, gradient, results, status, rows, blocks, share, tickets, published,
     ):  # fmt: skip
-        """As the row kernel, by groups of ``blocks`` blocks, each with ``share`` classes of a row, a multiple of 8.
+        """As the row kernel, by ``blocks`` blocks a row, each with ``share`` classes, a multiple of 8.
 
         tickets: address of an int32 that is BLANK. published: address of float64 [rows, blocks, PUBLISHED], all of its
         bits those of BLANK.
         """
         shared = cuda.shared.array(SCRATCH, float64)
-        tops = cuda.shared.array(_TOPS, float32)
-        about = cuda.shared.array(_ABOUT, int64)
-        scales = cuda.shared.array(_SCALES_OF, float64)
         numbers = cuda.shared.array(_NUMBERS, float64)
-        constants = cuda.shared.array(_CONSTANTS, int64)
+        integers = cuda.shared.array(_INTEGERS, int64)
         words = cuda.shared.array(_WORDS_KEPT, uint32, 16)
         first = cuda.threadIdx.x == 0
-        tags = student[3], teacher[3]
-        adjacent = itemsize(tags[0]) == 2 or (soft and itemsize(tags[1]) == 2)
-        # What does not change from row to row is in shared memory, so that it takes no registers.
-        if first:
-            ticket = np.int64(add(tickets, np.int32(1))) - BLANK
-            i = ticket // blocks
-            slice_ = ticket - i * blocks
-            constants[_SLICE], constants[_BEGIN], constants[_GROUPS] = slice_, slice_ * share, cuda.gridDim.x // blocks
-            constants[_COUNT] = min((slice_ + 1) * share, size) - slice_ * share
-            scales[0, _TOTAL] = load_stored(denominator, np.float64(0))
-            shared[6, 0] = i
-            weight, label = weight_at(weights, i), label_at(labels, i)
-            look_up(
-                about[0], scales[0], weight, label, masked_or_bad(labels, weights, ignore_index, label, weight, size),
-                scales[0, _TOTAL], alpha, kd_scale, temperature,
-            )  # fmt: skip
-            about[0, _WHOLE] = are_whole(row_at(student, i), row_at(teacher, i))
+        if cuda.threadIdx.x < _WARP:
+            begin_row(labels, weights, ignore_index, size, rows, blocks, tickets, integers, numbers)
         cuda.syncthreads()
-        i, turn = np.int64(shared[6, 0]), 0
-        if about[0, _STATE] == _WORKED:
-            keep_slice(
-                row_at(student, i), row_at(teacher, i), constants, np.int32(0), share, words, adjacent, like
-            )  # fmt: skip
-        while i < rows:
-            following = i + constants[_GROUPS]
-            ahead, done = False, np.int32(0)
-            if about[turn, _STATE] != _WORKED:
-                of_all = 0.0 if about[turn, _STATE] == _MASKED else math.nan
-                cuda.syncthreads()  # others may still read of the last row what is to become that of the next
-                if first:
-                    if constants[_SLICE] == 0:
-                        write_results(results, i, of_all, of_all, of_all)
-                        report(status, i, about[turn, _CODE], about[turn, _DETAIL])
-                    if following < rows:
-                        weight, label = weight_at(weights, following), label_at(labels, following)
-                        look_up(
-                            about[1 - turn], scales[1 - turn], weight, label,
-                            masked_or_bad(labels, weights, ignore_index, label, weight, size),
-                            scales[0, _TOTAL], alpha, kd_scale, temperature,
-                        )  # fmt: skip
-                        about[1 - turn, _WHOLE] = are_whole(row_at(student, following), row_at(teacher, following))
-                if given(gradient):
-                    fill_row(
-                        row_at(gradient, i), constants[_BEGIN], constants[_BEGIN] + constants[_COUNT], of_all
-                    )  # fmt: skip
-                cuda.syncthreads()
-            else:
-                wait_for_copies()
-                if about[turn, _WHOLE] == 0:
-                    cuda.syncthreads()
-                top_s, top_t = tops_of(constants, share, words, tags, adjacent, like)
-                write_tops(top_s, top_t, tops)
-                cuda.syncthreads()
-                maxima = slice_maxima(tops, rates, like)
-                sum_up(gather_quickly(maxima, constants, share, words, rates, tags, adjacent), shared)
-                cuda.syncthreads()
-                z_s, z_h, z_t, w, bad, care = 0.0, 0.0, 0.0, 0.0, np.float64(2 * size), False
-                while True:
-                    if cuda.threadIdx.x < _WARP:
-                        if not care:
-                            maxima = slice_maxima(tops, rates, like)
-                            z_s, z_h, z_t, w = summed_up(maxima, rates, like, shared)
-                        again = not care and no_good(maxima, z_s, z_h, z_t, w, rates)
-                        if first:
-                            constants[_AGAIN] = again
-                        if not again:
-                            row = published + _RECORD * blocks * i
-                            if first:
-                                x, o = 0.0, about[turn, _LABEL] - constants[_BEGIN]
-                                if hard and 0 <= o < constants[_COUNT]:
-                                    # Whoever kept them has waited for copies, and met this thread at a barrier.
-                                    place_s, place_t, next_s, next_t = places_of(words, share, tags)
-                                    x = np.float64(kept_class(o, place_s, next_s, adjacent, tags[0]))
-                                    numbers[_X] = x
-                                    if soft:
-                                        numbers[_Y] = np.float64(kept_class(o, place_t, next_t, adjacent, tags[1]))
-                                publish(row + _RECORD * constants[_SLICE], maxima, z_s, z_h, z_t, w, bad, x)
-                                # Until the others have published, there is time for the next row.
-                                about[turn, _AHEAD] = 0
-                                if following < rows:
-                                    weight, label = weight_at(weights, following), label_at(labels, following)
-                                    look_up(
-                                        about[1 - turn], scales[1 - turn], weight, label,
-                                        masked_or_bad(labels, weights, ignore_index, label, weight, size),
-                                        scales[0, _TOTAL], alpha, kd_scale, temperature,
-                                    )  # fmt: skip
-                                    whole = are_whole(row_at(student, following), row_at(teacher, following))
-                                    about[1 - turn, _WHOLE] = whole
-                                    if whole and about[turn, _WHOLE] == 1 and about[1 - turn, _STATE] == _WORKED:
-                                        about[turn, _AHEAD] = is_written_whole(row_at(gradient, i), adjacent)
-                            cuda.syncwarp()
-                            maxima, own = merged(row, blocks, rates, like)
-                            lane, _ = lane_and_warp()
-                            x_s, x_h, x_t = offsets_of(maxima, rates)
-                            offset = x_s if lane < 8 else (x_t if lane < 16 else x_h)
-                            share_of_row = scales[turn, _SOFT] if lane < 16 else scales[turn, _HARD]
-                            below = exp2_small(offset)
-                            if lane & 7 == 0:
-                                numbers[_Z_S + (lane >> 3)] = own
-                                numbers[_OF_S + (lane >> 3)] = share_of_row / own * below
-                            if lane == 16:
-                                numbers[_BELOW], numbers[_M_S], numbers[_M_T] = below, maxima[0], maxima[1]
-                    cuda.syncthreads()
-                    if constants[_AGAIN] == 0:
-                        break
-                    begin, care = constants[_BEGIN], True
-                    maxima, z_s, z_h, z_t, w = gathered_with_care(
-                        tops_of(constants, share, words, tags, adjacent, like),
-                        constants, share, words, rates, tags, adjacent, like, shared,
-                    )  # fmt: skip
-                    if math.isnan(z_s):
-                        bad = np.float64(
-                            first_bad_class(row_at(student, i), begin, begin + constants[_COUNT], shared)
-                        )  # fmt: skip
-                    elif soft and math.isnan(z_t):
-                        bad = np.float64(
-                            first_bad_class(row_at(teacher, i), begin, begin + constants[_COUNT], shared)
-                        )  # fmt: skip
+        i, slice_, label = integers[_ROW], integers[_SLICE], integers[_LABEL]
+        begin = slice_ * share
+        end = min(begin + share, size)
+        s, t, g = row_at(student, i), row_at(teacher, i), row_at(gradient, i)
+        if integers[_MASKED] == 1 or integers[_CODE] != OK:
+            value = 0.0 if integers[_MASKED] == 1 else math.nan
+            if first and slice_ == 0:
+                write_results(results, i, value, value, value)
+                report(status, i, integers[_CODE], integers[_DETAIL])
+            if given(gradient):
+                fill_row(g, begin, end, value)
+            return
 
-                maxima = cast(numbers[_M_S], like), cast(numbers[_M_T], like)
-                factors = cast(numbers[_OF_H], like), cast(numbers[_OF_S], like), cast(numbers[_OF_T], like)
-                usable = is_usable(numbers[_Z_S]) and (not soft or is_usable(numbers[_Z_T]))
-                g = row_at(gradient, i)
-                if given(gradient) and not usable:
-                    fill_row(g, constants[_BEGIN], constants[_BEGIN] + constants[_COUNT], math.nan)
-                if given(gradient) and usable:
-                    s, t = row_at(student, following), row_at(teacher, following)
-                    if large(maxima, rates):
-                        spend_carefully(
-                            g, constants, share, words, maxima, rates, tags, factors, adjacent, False, s, t
-                        )  # fmt: skip
-                    else:
-                        ahead = about[turn, _AHEAD] == 1
-                        done = spend_quickly(
-                            g, constants, share, words, maxima, rates, tags, factors, adjacent, ahead, s, t
-                        )  # fmt: skip
-                    label = about[turn, _LABEL]
-                    if hard and 0 <= label - constants[_BEGIN] < constants[_COUNT]:
-                        cuda.syncthreads()
-                        if first:  # over what the slice's gradient is
-                            above = cast(numbers[_Z_H] / numbers[_BELOW], like)
-                            x, y = cast(numbers[_X], like), cast(numbers[_Y], like)
-                            store_real(
-                                g[0] + label * g[1], spend_one(x, y, above, maxima, rates, factors, nothing), g[2]
-                            )  # fmt: skip
-                if first and constants[_SLICE] == 0:
-                    row = published + _RECORD * blocks * i
-                    if usable:
-                        ce, kl, scale = 0.0, 0.0, scales[turn, _SCALE]
-                        if hard:
-                            x = load_published(row + _RECORD * (about[turn, _LABEL] // share) + 48)[1]
-                            ce = scale * cross_entropy_of(cast(x, like), maxima[0], numbers[_Z_H])
-                        if soft:
-                            divergence = _forward_kl_from_sums(
-                                numbers[_W], numbers[_Z_T], numbers[_Z_S], teacher_temperature
-                            )  # fmt: skip
-                            kl = scale * kd_scale * divergence
-                        write_results(results, i, _kd_loss(ce, kl, alpha), ce, kl)
-                        report(status, i, OK, 0)
-                    else:
-                        write_results(results, i, math.nan, math.nan, math.nan)
-                        student_is_bad = not is_usable(numbers[_Z_S])
-                        condition, v = condition_of(first_bad_of(row, blocks, student_is_bad, size), size)
-                        report(status, i, (STUDENT if student_is_bad else TEACHER) + condition, v)
-            i, turn = following, 1 - turn
-            if i < rows and about[turn, _STATE] == _WORKED:
-                if not ahead:
-                    cuda.syncthreads()  # others may still read what is to be replaced
-                keep_slice(row_at(student, i), row_at(teacher, i), constants, done, share, words, adjacent, like)
+        tags = s[2], t[2]
+        adjacent = itemsize(s[2]) == 2 or (soft and itemsize(t[2]) == 2)
+        octets = octets_of_slice(begin, end, adjacent)
+        by_others = keep_slice(s, t, octets, begin, end, share, words, adjacent, like)
+        if first:  # while the copies are under way
+            scale = numbers[_SCALE] / load_stored(denominator, np.float64(0))
+            numbers[_SCALE] = scale
+            numbers[_HARD], numbers[_SOFT] = shares_of(scale, alpha, kd_scale, temperature)
+        wait_for_copies()
+        if by_others:
+            cuda.syncthreads()
+        tops = tops_of(octets, share, words, tags, like)
+        maxima, z_s, z_h, z_t, w = gather_quickly(tops, octets, share, words, rates, tags, like, shared)
+        bad = np.int64(2 * size)
+        if no_good(maxima, z_s, z_h, z_t, w, rates):
+            maxima, z_s, z_h, z_t, w = gather_with_care(tops, octets, share, words, rates, tags, like, shared)
+            if math.isnan(z_s):
+                bad = first_bad_class(s, begin, end, shared)
+            elif soft and math.isnan(z_t):
+                bad = first_bad_class(t, begin, end, shared)
+
+        row, has_label = published + _RECORD * blocks * i, hard and begin <= label < end
+        if cuda.threadIdx.x < _WARP:
+            if first:
+                x = 0.0
+                if has_label:
+                    # Whoever kept them has waited for copies, and met this thread at a barrier.
+                    place_s, place_t, next_s, next_t = places_of(words, share, tags)
+                    x = np.float64(kept_class(label - begin, place_s, next_s, adjacent, tags[0]))
+                    numbers[_X] = x
+                    if soft:
+                        numbers[_Y] = np.float64(kept_class(label - begin, place_t, next_t, adjacent, tags[1]))
+                publish(row + _RECORD * slice_, maxima, z_s, z_h, z_t, w, np.float64(bad), x)
+            cuda.syncwarp()
+            maxima, own = merged(row, blocks, rates, like)
+            lane, _ = lane_and_warp()
+            x_s, x_h, x_t = offsets_of(maxima, rates)
+            below = exp2_small(x_s if lane < 8 else (x_t if lane < 16 else x_h))
+            if lane & 7 == 0:
+                numbers[_Z_S + (lane >> 3)] = own
+                numbers[_OF_S + (lane >> 3)] = (numbers[_SOFT] if lane < 16 else numbers[_HARD]) / own * below
+            if lane == 16:
+                numbers[_BELOW], numbers[_M_S], numbers[_M_T] = below, maxima[0], maxima[1]
+        cuda.syncthreads()
+        usable = is_usable(numbers[_Z_S]) and (not soft or is_usable(numbers[_Z_T]))
+        maxima = cast(numbers[_M_S], like), cast(numbers[_M_T], like)
+        if given(gradient) and not usable:
+            fill_row(g, begin, end, math.nan)
+        if given(gradient) and usable:
+            factors = cast(numbers[_OF_H], like), cast(numbers[_OF_S], like), cast(numbers[_OF_T], like)
+            if large(maxima, rates):
+                spend_with_care(g, octets, begin, end, share, words, maxima, rates, tags, factors, adjacent)
+            else:
+                spend_quickly(g, octets, begin, end, share, words, maxima, rates, tags, factors, adjacent)
+            if has_label:
+                cuda.syncthreads()
+                if first:  # over what the slice's gradient is
+                    above = cast(numbers[_Z_H] / numbers[_BELOW], like)
+                    x, y = cast(numbers[_X], like), cast(numbers[_Y], like)
+                    of_label = spend_one(x, y, above, maxima, rates, factors, nothing)
+                    store_real(g[0] + label * g[1], of_label, g[2])
+        if first and slice_ == 0:
+            if usable:
+                ce, kl, scale = 0.0, 0.0, numbers[_SCALE]
+                if hard:
+                    x = cast(load_published(row + _RECORD * (label // share) + 48)[1], like)
+                    ce = scale * cross_entropy_of(x, maxima[0], numbers[_Z_H])
+                if soft:
+                    divergence = _forward_kl_from_sums(numbers[_W], numbers[_Z_T], numbers[_Z_S], teacher_temperature)
+                    kl = scale * kd_scale * divergence
+                write_results(results, i, _kd_loss(ce, kl, alpha), ce, kl)
+                report(status, i, OK, 0)
+            else:
+                write_results(results, i, math.nan, math.nan, math.nan)
+                student_is_bad = not is_usable(numbers[_Z_S])
+                condition, v = condition_of(first_bad_of(row, blocks, student_is_bad, size), size)
+                report(status, i, (STUDENT if student_is_bad else TEACHER) + condition, v)
 
     return kernel

@@ -142,7 +142,7 @@ def _launch_kd(rows, size, itemsizes, parts, term, slope, wide, arguments, strea
         tickets = blank.address + 8 * (blank.size - 1)
         arguments = *arguments, rows, plan.blocks, share, tickets, blank.address
         kernel = group_kernel(parts, plan.threads, resident_blocks(shared_memory()))
-        launch(kernel, min(rows, plan.groups) * plan.blocks, plan.threads, stream, *arguments)
+        launch(kernel, rows * plan.blocks, plan.threads, stream, *arguments)
     else:
         launch(kernels.kd_kernel(parts, term, slope, wide), rows, plan.threads, stream, *arguments)
 

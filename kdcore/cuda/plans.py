@@ -2,10 +2,10 @@
 
 The **row kernel** has one block a row, which reads the row twice: first for maxima and sums, then, backwards, for the
 gradient. That is one read of memory as long as the rows that all multiprocessors work on at a time stay in the second
-level cache. The **group kernel** has one or several blocks a row, a group, each of which keeps its slice in shared
-memory, so that every logit is read once; as many groups as the device holds work row after row. On an H200 it was
-faster by a fifth at 131,072 classes, and by a tenth at 32,768, where the cache would do (benchmarks/LOG.md). It needs
-room for several blocks on a multiprocessor, which wait for each other in turn.
+level cache. The **group kernel** has one or several blocks a row, each of which keeps its slice in shared memory, so
+that every logit is read once. On an H200 it was faster by a fifth at 131,072 classes, and by a tenth at 32,768, where
+the cache would do (benchmarks/LOG.md). It needs room for several blocks on a multiprocessor, which wait for each other
+in turn.
 
 The choice depends on the classes, the dtypes and the device, not on the number of rows: a row's result is the same, bit
 by bit, in whatever batch it comes. :func:`explain` says it in words, :func:`using` overrides it::
@@ -42,13 +42,11 @@ _ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Plan(NamedTuple):
-    """Of a row: which kernel, how many threads a block, how many blocks, how many rows at a time; and why."""
+    """Of a row: which kernel, how many threads a block, how many blocks; and why."""
 
     kernel: str
     threads: int
     blocks: int
-    #: Of the group kernel; the row kernel has a block for each row.
-    groups: int
     reason: str
 
 
@@ -56,31 +54,28 @@ class _Override(NamedTuple):
     kernel: str | None
     threads: int | None
     blocks: int | None
-    groups: int | None
 
 
-_AS_CHOSEN = _Override(None, None, None, None)
+_AS_CHOSEN = _Override(None, None, None)
 _override: ContextVar[_Override] = ContextVar("kdcore_cuda_plan", default=_AS_CHOSEN)
 
 
 @contextmanager
-def using(
-    kernel: str | None = None, threads: int | None = None, blocks: int | None = None, groups: int | None = None
-) -> Iterator[None]:
+def using(kernel: str | None = None, threads: int | None = None, blocks: int | None = None) -> Iterator[None]:
     """Within the ``with`` statement: KD calls by this kernel, "row" or, for forward KL alone, "group".
 
-    ``threads`` a block of the kernels that work rows, a multiple of 32, and ``blocks`` a row of the group kernel, of
-    which ``groups`` work a row each at a time, instead of what is chosen. What does not fit a call (another divergence,
-    more threads than its kernel can have, too few blocks for its classes) is a DomainError there.
+    ``threads`` a block of the kernels that work rows, a multiple of 32, and ``blocks`` a row of the group kernel,
+    instead of what is chosen. What does not fit a call (another divergence, more threads than its kernel can have, too
+    few blocks for its classes) is a DomainError there.
     """
     if kernel is not None:
         choice(kernel, "kernel", ("row", "group"))
-    for name, value in (("threads", threads), ("blocks", blocks), ("groups", groups)):
+    for name, value in (("threads", threads), ("blocks", blocks)):
         if value is not None:
             integer(value, name, least=1)
     if threads is not None and threads % _WARP:
         raise DomainError(f"threads must be a multiple of {_WARP}, got {threads}")
-    token = _override.set(_Override(kernel, threads, blocks, groups))
+    token = _override.set(_Override(kernel, threads, blocks))
     try:
         yield
     finally:
@@ -137,7 +132,7 @@ def threads_of(size: int, most: int) -> int:
 
 
 def _group(size: int, itemsizes: tuple[int, int], reason: str) -> Plan:
-    from kdcore.cuda.groups import MOST_BLOCKS, MOST_THREADS, octets_per_thread, resident_blocks
+    from kdcore.cuda.groups import MOST_BLOCKS, MOST_THREADS, octets_per_thread
 
     chosen = _override.get()
     threads = chosen.threads or (_WARP if SIMULATOR else MOST_THREADS)
@@ -152,8 +147,7 @@ def _group(size: int, itemsizes: tuple[int, int], reason: str) -> Plan:
             f"the group kernel needs {needed} blocks of {threads} threads for {size} classes, and can have {most}: "
             f"got blocks={blocks}"
         )
-    at_a_time = 2 if SIMULATOR else resident_blocks(shared_memory()) * _of_device("MULTIPROCESSOR_COUNT") // blocks
-    return Plan("group", threads, blocks, chosen.groups or at_a_time, reason)
+    return Plan("group", threads, blocks, reason)
 
 
 def plan_of(size: int, itemsizes: tuple[int, int], most_threads: int, can_group: bool) -> Plan:
@@ -174,7 +168,7 @@ def plan_of(size: int, itemsizes: tuple[int, int], most_threads: int, can_group:
         return _group(size, itemsizes, "as was asked for")
 
     def by_row(reason: str) -> Plan:
-        return Plan("row", threads_of(size, most_threads), 1, 0, reason)
+        return Plan("row", threads_of(size, most_threads), 1, reason)
 
     if kernel == "row":
         return by_row("as was asked for")

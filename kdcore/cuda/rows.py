@@ -206,7 +206,7 @@ def block_sums(a, b, c, d, shared):
     lane, warp = lane_and_warp()
     own = warp_totals(a, b, c, d)
     if lane & 7 == 0:
-        shared[2 + lane >> 3, warp] = own
+        shared[2 + (lane >> 3), warp] = own
     cuda.syncthreads()
     if warp == 0:
         inside = lane < cuda.blockDim.x // _WARP
@@ -356,7 +356,7 @@ def factor_of(exponent, like):
 
 @device
 def exp2_small(x):
-    """2 to the power of a float64 of at most 1 / 4, by its series: what is left out is less than 1e-16."""
+    """2 to the power of a float64 of at most 1 / 4, by its series: what is left out is less than 1e-15."""
     x *= _LN2
     e = 1.0 + x * (1.0 / 10)
     e = 1.0 + x * (1.0 / 9) * e
