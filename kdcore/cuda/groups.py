@@ -10,8 +10,9 @@ gradient from the sums of all, which each block merges alike. The row's first bl
 
 What a block publishes is a **record** of PUBLISHED float64: m_s, z_s, z_h, m_t, z_t, w, what
 :func:`kdcore.cuda.rows.first_bad_class` found where a sum is NaN, and the label's logit where it is in the slice. All
-are blank before, which no number is (:func:`kdcore.cuda.primitives.is_blank`), so each says by itself that it is there,
-and there is no order of writing and reading to wait for.
+are blank before, which no number is (:func:`kdcore.cuda.primitives.is_blank`): each says by itself that it is there, so
+no order of writing and reading is to be waited for. Many blocks that look at many records again and again would take
+bandwidth from the rows, so they count who has published, too, and look when all have; they rely on the records alone.
 """
 
 import math
@@ -45,6 +46,7 @@ from kdcore.cuda.primitives import (
     keep_words,
     kept_stored,
     kept_words,
+    load_count,
     load_published,
     load_stored,
     maxima_of_words,
@@ -94,6 +96,8 @@ __all__ = [
 #: Blocks of a row at most: two for each lane of the warp that merges them.
 MOST_BLOCKS = 64
 PUBLISHED = 8
+#: Of more blocks, what all read while they wait takes as much of the bandwidth as the rows do: they wait for a count.
+_FEW_BLOCKS = 8
 #: What records are filled with, as int64, and tickets count from.
 BLANK = -1
 _RECORD = 8 * PUBLISHED
@@ -421,12 +425,12 @@ def group_kernel(parts, threads, resident):
     @kernel_of(threads, resident)
     def kernel(
         student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
-        c, rates, size, like, gradient, results, status, rows, blocks, share, tickets, published,
+        c, rates, size, like, gradient, results, status, rows, blocks, share, counts, published,
     ):  # fmt: skip
         """As the row kernel, by ``blocks`` blocks a row, each with ``share`` classes, a multiple of 8.
 
-        tickets: address of an int32 that is BLANK. published: address of float64 [rows, blocks, PUBLISHED], all of its
-        bits those of BLANK.
+        counts: address of int64 [rows + 1], of blocks that have published, and of tickets; only their first halves are
+        used. published: address of float64 [rows, blocks, PUBLISHED]. All have the bits of BLANK.
         """
         shared = cuda.shared.array(SCRATCH, float64)
         numbers = cuda.shared.array(_NUMBERS, float64)
@@ -434,19 +438,19 @@ def group_kernel(parts, threads, resident):
         words = cuda.shared.array(_WORDS_KEPT, uint32, 16)
         first = cuda.threadIdx.x == 0
         if cuda.threadIdx.x < _WARP:
-            begin_row(labels, weights, ignore_index, size, rows, blocks, tickets, integers, numbers)
+            begin_row(labels, weights, ignore_index, size, rows, blocks, counts + 8 * rows, integers, numbers)
         cuda.syncthreads()
-        i, slice_, label = integers[_ROW], integers[_SLICE], integers[_LABEL]
+        i, slice_ = integers[_ROW], integers[_SLICE]
         begin = slice_ * share
         end = min(begin + share, size)
-        s, t, g = row_at(student, i), row_at(teacher, i), row_at(gradient, i)
+        s, t = row_at(student, i), row_at(teacher, i)
         if integers[_MASKED] == 1 or integers[_CODE] != OK:
             value = 0.0 if integers[_MASKED] == 1 else math.nan
             if first and slice_ == 0:
                 write_results(results, i, value, value, value)
                 report(status, i, integers[_CODE], integers[_DETAIL])
             if given(gradient):
-                fill_row(g, begin, end, value)
+                fill_row(row_at(gradient, i), begin, end, value)
             return
 
         tags = s[2], t[2]
@@ -470,7 +474,9 @@ def group_kernel(parts, threads, resident):
             elif soft and math.isnan(z_t):
                 bad = first_bad_class(t, begin, end, shared)
 
+        i, slice_, label = integers[_ROW], integers[_SLICE], integers[_LABEL]  # again, so as not to take registers
         row, has_label = published + _RECORD * blocks * i, hard and begin <= label < end
+        g = row_at(gradient, i)
         if cuda.threadIdx.x < _WARP:
             if first:
                 x = 0.0
@@ -482,6 +488,12 @@ def group_kernel(parts, threads, resident):
                     if soft:
                         numbers[_Y] = np.float64(kept_class(label - begin, place_t, next_t, adjacent, tags[1]))
                 publish(row + _RECORD * slice_, maxima, z_s, z_h, z_t, w, np.float64(bad), x)
+                if blocks > _FEW_BLOCKS:
+                    count = counts + 8 * i
+                    here = add(count, np.int32(1)) + 1
+                    while here - BLANK < blocks:
+                        cuda.nanosleep(32)
+                        here = load_count(count)
             cuda.syncwarp()
             maxima, own = merged(row, blocks, rates, like)
             lane, _ = lane_and_warp()

@@ -229,6 +229,15 @@ def add(context, address, value):
 
 
 @intrinsic
+def load_count(context, address):
+    def code(context, builder, signature, arguments):
+        text, constraints = "ld.relaxed.gpu.global.u32 $0, [$1];", "=r,l,~{memory}"
+        return builder.call(_instruction(text, _I32, [_I64], True, constraints), arguments)
+
+    return types.int32(types.int64), code
+
+
+@intrinsic
 def _bits_of(context, x):
     return types.int64(types.float64), lambda context, builder, signature, arguments: builder.bitcast(
         arguments[0], _I64

@@ -136,11 +136,11 @@ def _launch_kd(rows, size, itemsizes, parts, term, slope, wide, arguments, strea
     """A KD call by the kernel that is chosen for the current device."""
     plan = plan_of(size, itemsizes, kernels.most_threads(wide), not wide)
     if plan.kernel == "group":
-        # One array, so that one launch fills it: the records, and behind them the tickets.
-        blank = full((rows * plan.blocks * PUBLISHED + 1,), np.int64, BLANK, stream)
+        # One array, so that one launch fills it: the records and, behind them, the counts.
+        published = rows * plan.blocks * PUBLISHED
+        blank = full((published + rows + 1,), np.int64, BLANK, stream)
         share = share_of(size, plan.blocks, plan.threads, *itemsizes)
-        tickets = blank.address + 8 * (blank.size - 1)
-        arguments = *arguments, rows, plan.blocks, share, tickets, blank.address
+        arguments = *arguments, rows, plan.blocks, share, blank.address + 8 * published, blank.address
         kernel = group_kernel(parts, plan.threads, resident_blocks(shared_memory()))
         launch(kernel, rows * plan.blocks, plan.threads, stream, *arguments)
     else:

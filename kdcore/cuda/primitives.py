@@ -32,7 +32,7 @@ Of 16-bit elements b is a + 4, so that they are 16 bytes; of others, two or four
 - ``is_single(like)``: whether a number is a float32, which the compiler knows
 - ``maximum(x, y)``: the larger, or the one that is a number
 - ``log(x)``: of float64; -inf at 0
-- ``add(address, n)``: adds to an int32 and returns what was there
+- ``add(address, n)``: adds to an int32 and returns what was there; ``load_count(address)``: what is there by now
 - ``store_published(address, x, y)``: two float64, each for the whole device to see; ``load_published(address)``: the
   two as they are by now; ``is_blank(x)``: whether nothing has been stored over the bits of an int64 of -1, the first
   half of which no number has, and no NaN that is stored
@@ -60,6 +60,7 @@ __all__ = [
     "keep_words",
     "kept_stored",
     "kept_words",
+    "load_count",
     "load_octet",
     "load_published",
     "load_real",
@@ -100,6 +101,7 @@ if SIMULATOR:
         keep_words,
         kept_stored,
         kept_words,
+        load_count,
         load_octet,
         load_published,
         load_real,
@@ -136,6 +138,7 @@ else:
         keep_words,
         kept_stored,
         kept_words,
+        load_count,
         load_octet,
         load_published,
         load_real,

@@ -156,6 +156,11 @@ def add(address, value):
     return before
 
 
+def load_count(address):
+    with _atomic:
+        return int(address.bytes(4).view(np.int32)[0])
+
+
 def is_blank(x):
     return np.float64(x).view(np.int64) >> 32 == -1
 
