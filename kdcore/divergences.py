@@ -1,7 +1,7 @@
 """The divergences D(p, q) between a teacher's distribution p and a student's q, for ``divergence=``.
 
 Each is a sum over classes of phi(p, q), and its gradient by the student's logits follows from the slope phi' = dphi/dq:
-dD/d(s/T) = q (phi' - sum of q phi'). So a divergence is two formulas of one class (:mod:`kdcore.formulas`), which every
+dD/d(s/T) = q (phi' - sum of q phi'). So a divergence is two formulas of one class (``kdcore.formulas``), which every
 engine compiles, and all are computed by one kernel; only forward KL, the default, has one of its own that is faster.
 
 A divergence is named, ``divergence="jsd"``, or made with its parameter, ``divergence=kdcore.divergences.jsd(0.3)``.
@@ -148,7 +148,7 @@ def skew_reverse_kl(lam: float = 0.1) -> Divergence:
 
 
 def tvd() -> Divergence:
-    """Total variation: half the sum of |p - q| (f-distill: Wen et al. 2023, arXiv:2307.15190).
+    """Total variation: half the sum of ``|p - q|`` (f-distill: Wen et al. 2023, arXiv:2307.15190).
 
     Between 0 and 1, and always finite. Its gradient is a subgradient where p = q, there 0 of the class.
     """

@@ -326,6 +326,8 @@ def kd_gradient_from_state(
     start : int
         The class of the whole vocabulary that the slice starts with.
 
+    Notes
+    -----
     The other arguments are those of :func:`kdcore.kd_logit_gradient`; alpha is the weight of the cross-entropy. Errors
     are those of :func:`kd_loss_from_state` too.
 

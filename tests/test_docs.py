@@ -14,20 +14,34 @@ import pytest
 import kdcore
 from kdcore.runfile import pipeline_from_toml
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+#: Pages with examples in Python, and how many of their blocks have some.
+PAGES = {
+    README: 2,
+    ROOT / "docs" / "quickstart.md": 4,
+    ROOT / "docs" / "divergences.md": 1,
+    ROOT / "docs" / "numerics.md": 1,
+    ROOT / "docs" / "extending.md": 1,
+}
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def blocks(language, page=README):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_readme_python_examples():
-    examples = blocks("python")
-    assert len(examples) == 2
-    test = doctest.DocTestParser().get_doctest("\n".join(examples), {}, "README.md", str(README), 0)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_of_pages(page):
+    examples = blocks("python", page)
+    assert len(examples) == PAGES[page]
+    test = doctest.DocTestParser().get_doctest("\n".join(examples), {}, page.name, str(page), 0)
     results = doctest.DocTestRunner().run(test)
-    assert results.attempted > 8
+    assert results.attempted > 3
     assert results.failed == 0
+
+
+def test_all_pages_with_examples_are_run():
+    assert {page for page in (ROOT / "docs").rglob("*.md") if blocks("python", page)} == PAGES.keys() - {README}
 
 
 def test_readme_run_file(tmp_path):

@@ -60,6 +60,8 @@ class CudaTeacher:
     VocabularyMismatchError, ShapeError, DTypeError
         Its result has another width, another number of rows or positions, or is not of floats.
 
+    Notes
+    -----
     Results are checked by shape and dtype alone, so that :meth:`device_logits_for_batch` does not wait for the device.
 
     Its logits stay on the device for the loss and its gradient, as those of a teacher on the host do after
@@ -228,6 +230,8 @@ def device_batches(
     DomainError, DTypeError
         ``ahead`` is not a positive integer; ``stream`` is no stream (when the first batch is asked for).
 
+    Notes
+    -----
     What the teacher or ``batches`` raises is raised in place of the batch that it belongs to, after all batches before
     it, and ends the iteration. Closing the iterator, or dropping it, waits for the read and the copy under way, and
     frees thread and buffers. On the host are at most the logits of ``ahead + 1`` batches, and the pinned memory of as

@@ -1,7 +1,7 @@
 """The numeric contract as code: how far a loss or a gradient may be from the exact one.
 
 A gradient q - p cancels, so its error is measured against what was subtracted, not against what is left. Per row,
-with w = weight / denominator, k = T² (1 where the loss is not scaled by T²) and 2-norms over the classes:
+with w = weight / denominator, k = T² (1 where the loss is not scaled by T²) and 2-norms over the classes::
 
     S           |p| + |q|                                               for forward KL
                 |p| + |q| + |q phi'| + |q| |sum of q phi'|              for any other divergence sum of phi(p, q)
@@ -14,7 +14,7 @@ with w = weight / denominator, k = T² (1 where the loss is not scaled by T²) a
 The gradient of a divergence other than forward KL is q (phi' - sum of q phi'), so the subtracted terms are q phi' and
 q sum of q phi': a result that is rounded to float32 cannot be nearer to the truth than its own rounding, which
 is of the size of T q phi'. A constant that is added to phi' changes no gradient, but it would change S: phi' is the one
-that is 0 where p = q, because no other keeps S as small where student and teacher agree:
+that is 0 where p = q, because no other keeps S as small where student and teacher agree::
 
     reverse_kl       log(q / p)                             (forward KL: 1 - p / q, less its 1: q phi' = -p is in S)
     jsd              (1 - beta) log(q / m)                  m = beta p + (1 - beta) q
@@ -24,7 +24,8 @@ that is 0 where p = q, because no other keeps S as small where student and teach
     alpha            (1 - (p / q)^a) / a
 
 The slope of total variation jumps by 1 where p = q. Classes in which p and q agree up to their rounding may come out on
-either side: for tvd, with n as q in those classes and 0 elsewhere, :func:`kd_bounds` adds |n| + |q| sum of n to G S.
+either side: for tvd, with n as q in those classes and 0 elsewhere, :func:`kd_bounds` adds ``|n| + |q| sum of n`` to
+G S.
 
 float16 and bfloat16 logits have float32's bounds. A gradient that is written in a type with fewer digits than it was
 computed in may in addition be off by half an ulp of that type, element by element: :func:`gradient_error` takes this
