@@ -128,7 +128,8 @@ class Found(NamedTuple):
 
 
 def _is_wide_read(opcode):
-    return width_of(opcode, "LDG", "LDGSTS", "LDS") == 128
+    # Of a row: what blocks publish to each other is read for the whole device to agree on, or "strongly".
+    return width_of(opcode, "LDG", "LDGSTS", "LDS") == 128 and ".STRONG" not in opcode
 
 
 def _is_narrow(opcode):
