@@ -404,10 +404,10 @@ def finish_sparse(
         log_q = _log_softmax(_scaled_logit(load(logit, v, 0.0), top, HEADROOM), inverse, log_z)
         terms += _outcome_term(load(p, v, 0.0), load(log_p, v, 0.0), log_q)
     kl = sum_lanes(terms)
-    if policy == BUCKET and p_tail > 0.0:
+    if policy == BUCKET and log_tail > -math.inf:
         log_q_tail = _log_softmax(_scaled_logit(tail, top, HEADROOM), inverse, log_z - _log(z_tail))
         kl += _outcome_term(p_tail, log_tail, log_q_tail)
-    elif policy == UNIFORM and p_tail > 0.0:
+    elif policy == UNIFORM and log_tail > -math.inf:
         mean = tail_mean(states, blocks, starts, logit, own, classes, top, n_tail)
         kl += _outcome_term(p_tail, log_tail - math.log(n_tail), _log_softmax(mean, inverse, log_z))
     if math.isnan(kl):
