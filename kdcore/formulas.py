@@ -203,8 +203,8 @@ def softplus(u, e):
 #
 # Of a row the teacher stores some classes I, each with its log p, and the log of what all others have together, p_tail.
 # The divergence is a sum over **outcomes** of p (log p - log q), with q = softmax(s / T) over all classes. What the
-# outcomes are is the policy for the tail; with M = the sum of the outcomes' p, which is 1 but for the rounding of what is
-# stored (and less for "zero"), the derivative by the student's logits, times T², is T times what is on the right:
+# outcomes are is the policy for the tail. With M = the sum of the outcomes' p, which is 1 but for the rounding of what
+# is stored (and less for "zero"), the derivative by the student's logits, times T², is T times
 #
 #     bucket        the classes in I, and all others as one: p_tail, q_tail = sum of q outside I
 #                       M q_v - p_v in I, (M - p_tail / q_tail) q_v outside
@@ -215,8 +215,8 @@ def softplus(u, e):
 #     uniform       all classes, each of the n outside I with p_tail / n
 #                       M q_v - p_v in I, M q_v - p_tail / n outside
 #
-# Samples are as "zero", with their weights for p. Where the student rules out the whole tail, q_v / q_tail is 1 / n, the
-# limit of equal logits that fall together.
+# Samples are as "zero", with their weights for p. Where the student rules out the whole tail, q_v / q_tail is 1 / n,
+# the limit of equal logits that fall together.
 
 
 def outcome_term(p, log_p, log_q):
@@ -228,7 +228,7 @@ def outcome_term(p, log_p, log_q):
 
 
 def tail_factor(mass, to_q, p_tail, to_share):
-    """What e of a class of the tail is multiplied by to be M q - p_tail q / q_tail: q = e to_q, q / q_tail = e to_share."""
+    """What e of a class of the tail is multiplied by to be M q - p_tail q / q_tail; q = e to_q, q / q_tail = e to_share."""
     return mass * to_q - p_tail * to_share
 
 

@@ -42,7 +42,8 @@ class _SparseRows:
         shape = tuple(self.indices.shape)
         if not shape or not 1 <= shape[-1] <= self.vocab_size:
             raise ShapeError(
-                f"indices must have from 1 to vocab_size={self.vocab_size} entries in its last dimension, got shape {shape}"
+                f"indices must have from 1 to vocab_size={self.vocab_size} entries a row, its last dimension, got shape "
+                f"{shape}"
             )
         for names, expected, reason in ((self._PER_ENTRY, shape, "indices"), (self._PER_ROW, shape[:-1], "its rows")):
             for name in names:
@@ -73,18 +74,18 @@ class _SparseRows:
         key = rows if isinstance(rows, tuple) else (rows,)
         if any(part is None or part is Ellipsis for part in key) or len(key) > len(self.shape):
             raise IndexError(f"rows are indexed by their {len(self.shape)} leading dimensions, got {rows!r}")
-        return self._each(lambda array: array[rows])
+        return self.map(lambda array: array[rows])
 
     def __iter__(self: _Rows) -> Any:
         return (self[i] for i in range(len(self)))
 
     def reshape(self: _Rows, *lead: int) -> _Rows:
         """The same rows in another leading shape: [B L] as [B, L], say."""
-        return self._each(lambda array: array.reshape((*lead, *tuple(array.shape)[len(self.shape) :])))
+        return self.map(lambda array: array.reshape((*lead, *tuple(array.shape)[len(self.shape) :])))
 
-    def _each(self: _Rows, view: Callable[[Any], Any]) -> _Rows:
-        fields = {name: view(getattr(self, name)) for name in (*self._PER_ENTRY, *self._PER_ROW)}
-        return replace(self, **fields)  # type: ignore[type-var]
+    def map(self: _Rows, function: Callable[[Any], Any]) -> _Rows:
+        """Rows of ``function(array)`` for each of the arrays: ``rows.map(cupy.asarray)`` are on a device, say."""
+        return replace(self, **{name: function(array) for name, array in self.arrays().items()})  # type: ignore[type-var]
 
     def arrays(self) -> dict[str, Any]:
         """The arrays by name."""
@@ -112,8 +113,8 @@ class TopKRows(_SparseRows):
     """The likeliest classes of each of B rows, and how much of the row is elsewhere.
 
     With p = softmax(t / T) over all V classes, T the ``temperature`` of the rows. Entries of a row from ``n_valid`` on
-    are none: by convention their index is 0 and their log-probability -inf, but they are not read. Arrays are NumPy's, or
-    all on a CUDA device. Making one checks shapes and kinds; what is in the rows is checked by the call that reads
+    are none: by convention their index is 0 and their log-probability -inf, but they are not read. Arrays are NumPy's,
+    or all on a CUDA device. Making one checks shapes and kinds; what is in the rows is checked by the call that reads
     them, as logits are: classes in [0, V) and each once, no NaN, probabilities that add up to no more than 1.02.
 
     Parameters
@@ -144,7 +145,7 @@ class TopKRows(_SparseRows):
     (array([[0, 2]], dtype=int32), array([[0.5, 0.3]]), array([0.2]))
     >>> result = kdcore.kd_loss_and_gradient(np.zeros((1, 4)), rows, None, temperature=1.0, alpha=0.0)
     >>> result.gradient  # the two classes of the tail are one outcome, in which the student's shares are left alone
-    array([[-0.25 ,  0.15 , -0.05 ,  0.15 ]])
+    array([[-0.25,  0.15, -0.05,  0.15]])
     """
 
     #: int32 [..., k]: classes, each once a row, in order of decreasing log-probability.
@@ -196,8 +197,8 @@ class SampledRows(_SparseRows):
     """An unbiased estimate of each of B rows: classes with importance weights, 0 for all others.
 
     The expectation of exp(log_weights), over what might have been drawn, is p = softmax(t / T) at ``temperature``.
-    Entries of a row from ``n_valid`` on are none, and not read. Arrays and checks are as for :class:`TopKRows`, but that
-    weights need not add up to 1.
+    Entries of a row from ``n_valid`` on are none, and not read. Arrays and checks are as for :class:`TopKRows`, but
+    that weights need not add up to 1.
 
     As a teacher, a row's divergence is the sum of w (log w - log q) over its classes, w their weights. Its gradient
     T (M q - w), M the sum of w, has the dense gradient T (q - p) as its expectation, exactly, and so differences of the
@@ -324,9 +325,7 @@ def _by_chunks(
     lead, classes = logits.shape[:-1], logits.shape[-1]
     rows = logits.reshape(-1, classes)
     step = max(1, _CHUNK // classes)
-    parts = [
-        work(_log_softmax(rows[lo : lo + step], temperature, lo)) for lo in range(0, max(len(rows), 1), step)
-    ]
+    parts = [work(_log_softmax(rows[lo : lo + step], temperature, lo)) for lo in range(0, max(len(rows), 1), step)]
     columns = (np.concatenate(column) for column in zip(*parts, strict=True))
     return [column.reshape((*lead, *column.shape[1:])) for column in columns]
 

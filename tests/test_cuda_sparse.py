@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from test_sparse_teachers import in_the_oracle, sparse_problems
 
 import kdcore
@@ -87,8 +87,8 @@ def test_oracle(dtype, tail):
 @given(problem=sparse_problems(DTYPES[0]))
 def test_wild_rows(tail, problem):
     student, rows, labels, temperature, alpha, _ = problem
-    if student.shape[1] <= 257:  # the simulator takes its time
-        assert_sparse(student, rows, labels, temperature, alpha, tail=tail)
+    assume(student.shape[1] <= 257)  # the simulator takes its time
+    assert_sparse(student, rows, labels, temperature, alpha, tail=tail)
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -191,9 +191,7 @@ def test_reductions_and_leading_shapes():
     np.testing.assert_allclose(result.loss.copy_to_host(), expected.loss, rtol=1e-12)
     np.testing.assert_allclose(result.gradient.copy_to_host().reshape(6, 37), expected.gradient, atol=1e-14)
     one = kdcore.kd_loss(to_device(student[0]), on_device(rows[0]), to_device(labels[0]), 2.0, 0.3)
-    np.testing.assert_allclose(
-        one.copy_to_host(), kdcore.kd_loss(student[0], rows[0], labels[0], 2.0, 0.3), rtol=1e-12
-    )
+    np.testing.assert_allclose(one.copy_to_host(), kdcore.kd_loss(student[0], rows[0], labels[0], 2.0, 0.3), rtol=1e-12)
 
 
 def test_alpha_one_does_not_read_the_teacher():
@@ -271,5 +269,6 @@ def test_a_mix_of_host_and_device_is_an_error():
     mixed = TopKRows(arrays[0], rows.log_probs, *arrays[2:], 37, 2.0)
     with pytest.raises(kdcore.DeviceMismatchError, match=r"teacher_logits\.log_probs not"):
         kdcore.kd_loss(s, mixed, y, 2.0, 0.3)
-    with pytest.raises(kdcore.DTypeError, match="teacher_logits.log_probs must be floating-point numbers, got dtype int64"):
-        kdcore.kd_loss(s, TopKRows(arrays[0], to_device(rows.indices.astype(np.int64)), *arrays[2:], 37, 2.0), y, 2.0, 0.3)
+    integers = TopKRows(arrays[0], to_device(rows.indices.astype(np.int64)), *arrays[2:], 37, 2.0)
+    with pytest.raises(kdcore.DTypeError, match="log_probs must be floating-point numbers, got dtype int64"):
+        kdcore.kd_loss(s, integers, y, 2.0, 0.3)

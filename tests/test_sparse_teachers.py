@@ -311,9 +311,7 @@ def test_stored_probabilities_that_have_underflowed_can_be_renormalized():
     student = np.random.default_rng(0).normal(size=(1, 5))
     rows = TopKRows([[3, 1]], [[-1000.0, -1000.0 + np.log(3.0)]], [0.0], [2], 5, 2.0)
     other = TopKRows([[3, 1]], [np.log([0.25, 0.75])], [-INF], [2], 5, 2.0)
-    ours, theirs = (
-        kdcore.kd_loss_and_gradient(student, r, None, 2.0, 0.0, tail="renormalize") for r in (rows, other)
-    )
+    ours, theirs = (kdcore.kd_loss_and_gradient(student, r, None, 2.0, 0.0, tail="renormalize") for r in (rows, other))
     np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-12)
     np.testing.assert_allclose(ours.gradient, theirs.gradient, atol=1e-13)
 
@@ -494,7 +492,7 @@ def changed(rows, **fields):
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"n_valid": (1, 0)}, kdcore.DomainError, r"teacher_logits.n_valid\[1\] is 0, not a number of entries from 1 to 9"),
+        ({"n_valid": (1, 0)}, kdcore.DomainError, r"n_valid\[1\] is 0, not a number of entries from 1 to 9"),
         ({"n_valid": (1, 10)}, kdcore.DomainError, r"n_valid\[1\] is 10"),
         ({"indices": ((2, 3), 37)}, kdcore.DomainError, r"indices\[2, 3\] is 37, not a class in \[0, 37\)"),
         ({"indices": ((2, 3), -1)}, kdcore.DomainError, r"indices\[2, 3\] is -1"),

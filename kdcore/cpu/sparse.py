@@ -22,6 +22,7 @@ from kdcore import formulas
 from kdcore.cpu.kernels import _SOURCES, BEGIN, FINISH, MERGE, STATES, WRITE, _begin, _fill, _report_row
 from kdcore.cpu.primitives import bind, exp2, inner
 from kdcore.cpu.rows import (
+    _PART,
     BLOCK,
     E_H,
     E_S,
@@ -32,7 +33,6 @@ from kdcore.cpu.rows import (
     Z_S,
     Z_T,
     D,
-    _PART,
     _aligned_part,
     _copy_block,
     blocks_in,
@@ -66,13 +66,13 @@ from kdcore.cpu.simd import (
     with_lane,
 )
 from kdcore.formulas import HEADROOM
-from kdcore.objective import BUCKET, RENORMALIZE, UNIFORM, ZERO
+from kdcore.objective import BUCKET, RENORMALIZE, UNIFORM
 from kdcore.rowstatus import CLASS, COUNT, DUPLICATE, LOG_PROB, MASS, MOST_MASS, OK, ROOM, STUDENT, TAIL
 
 __all__ = ["SINGLE_ROWS", "sparse_kd_kernel"]
 
-#: Rows of ``of_single`` [SINGLE_ROWS, width] in float64, in the order of the classes and in whole vectors, filled up with
-#: log p = -inf: what the teacher says of them, their logits, p, their exponentials at T and at 1, and their gradient.
+#: Rows of ``of_single`` [SINGLE_ROWS, width] in float64, in the order of the classes and in whole vectors, filled up
+#: with -inf: what the teacher says of them, their logits, p, their exponentials at T and at 1, and their gradient.
 LOG_P, LOGIT, P, E, H, GRADIENT = range(6)
 SINGLE_ROWS = 6
 
@@ -86,8 +86,8 @@ assert _WORDS == 1 << _WORD
 #: A log p beyond is not added up, since its exponential is of no use.
 _LARGEST = 64.0
 _LOG2_E = math.log2(math.e)
-#: What other classes must have of a block's sum at least, for exponentials relative to the maximum of all: an exponent is
-#: off by its rounding, which grows with it, while what counts in the tail is the share of a class in it.
+#: What other classes must have of a block's sum at least, for exponentials relative to the maximum of all: an exponent
+#: is off by its rounding, which grows with it, while what counts in the tail is the share of a class in it.
 _LEAST = 2.0**-8
 
 _scaled_logit = bind(formulas.scaled_logit)
@@ -193,7 +193,7 @@ def _total(x, size):
 def weigh_single(of_single, count, n_stored, classes, log_tail, policy, most):
     """P of the single classes by the policy; (what is wrong with a row's probabilities, p_tail, their sum M)."""
     log_p, p = of_single[LOG_P, : padded(count, 0.0)], of_single[P]
-    top, with_tail = -math.inf, policy == BUCKET or policy == UNIFORM
+    top, with_tail = -math.inf, policy in (BUCKET, UNIFORM)
     _exponentials(log_p, 0.0, _LOG2_E, p)
     mass, p_tail = _total(p, log_p.size), 0.0
     for r in range(count):
@@ -204,7 +204,7 @@ def weigh_single(of_single, count, n_stored, classes, log_tail, policy, most):
         if log_tail > -math.inf and n_stored == classes:
             return ROOM, p_tail, mass
         p_tail = math.exp(log_tail)
-    if not (0.0 < mass + p_tail or top > -math.inf) or mass + p_tail > most:
+    if not (mass + p_tail > 0.0 or top > -math.inf) or mass + p_tail > most:
         return MASS, p_tail, mass
     if policy == RENORMALIZE:
         _exponentials(log_p, top, _LOG2_E, p)  # which may all have underflowed
@@ -306,7 +306,7 @@ def linear_sum(x, o):
 
 @inner
 def write_others(e_h, power, e, hard, soft, even, single, known, start, out, streaming):
-    """out = hard e_h^power + soft e - even of a block from class ``start`` on, and what is ``known`` of its single ones.
+    """out = hard e_h^power + soft e - even of a block from class ``start`` on, and what is ``known`` of single ones.
 
     ``power`` 0: without e_h. ``streaming``: past the caches; so a single class is put in its vector, because one
     that is written afterwards would wait for memory. The rows e must go on for a vector beyond the block.
@@ -365,7 +365,7 @@ def merge_sparse(s, single, of_single, own, states, blocks, hard, temperature, p
     _exponentials(logit, top, _rate(temperature), e)
     row[M_S], row[Z_S] = top, merged_sum(of_blocks[Z_S], of_blocks[M_S], top, temperature) + _total(e, logit.size)
     row[M_T], row[Z_T] = tail, merged_sum(of_blocks[Z_S], of_blocks[M_S], tail, temperature)
-    if own >= 0 and not logit[own] == -math.inf:
+    if own >= 0 and logit[own] != -math.inf:
         row[Z_T] += _shift_factor(_scaled_logit(logit[own], tail, HEADROOM), temperature)
     if hard:
         if power > 0:

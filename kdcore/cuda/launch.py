@@ -158,7 +158,8 @@ def sparse_kd_rows(
     """
     rows, size = student.shape
     _check_dtypes(student.dtype, log_probs.dtype, tail_logmass.dtype, gradient.dtype)
-    parts, policy, temperature = parts_of(objective.alpha, objective.temperature), TAILS.index(tail), objective.temperature
+    temperature, policy = objective.temperature, TAILS.index(tail)
+    parts = parts_of(objective.alpha, temperature)
     wide = needs_float64((student.dtype,), temperature)
     arguments = (
         _matrix(student), _matrix(indices), _matrix(log_probs), _vector(tail_logmass), _vector(n_valid),

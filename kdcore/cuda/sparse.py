@@ -1,8 +1,8 @@
 """The KD kernel of the CUDA engine for teachers that do not have every class, one block a row.
 
 Arguments are those of :mod:`kdcore.cuda.kernels`; the outcomes of a row, by the policy for its tail, are in
-:mod:`kdcore.formulas`. **Single** classes are those that the teacher stores, and the label: each is worked by itself, in
-float64. **All others** are worked by the stages of :mod:`kdcore.cuda.distillation`, as those of a student alone, with the
+:mod:`kdcore.formulas`. **Single** classes are those that the teacher stores, and the label: each is worked by itself,
+in float64. **All others** are worked by the stages of :mod:`kdcore.cuda.distillation`, as of a student alone, with the
 single ones ruled out: so the tail's maximum and sums are its own, and nothing is subtracted from a sum.
 
 What is single is told by bits in shared memory, for a **segment** of the row at a time.
@@ -430,7 +430,7 @@ def sparse_kd_kernel(hard, power, linear, wide):
             if bad < _NO_ENTRY:
                 detail = np.int64(bad / _CODES)
                 code = np.int64(bad - np.float64(detail) * _CODES)
-        with_tail = policy == BUCKET or policy == UNIFORM
+        with_tail = policy in (BUCKET, UNIFORM)
         if not masked and code == OK and with_tail:
             log_tail = np.float64(load_real(log_tails[0] + i * log_tails[1], log_tails[2]))
             if not log_tail < math.inf:  # NaN too
@@ -542,9 +542,7 @@ def sparse_kd_kernel(hard, power, linear, wide):
         if given(gradient):
             factors = cast(told[OTHERS_H], like), cast(told[OTHERS_Q], like), cast(told[SOFT] * told[EVEN], like)
             whole = whole and whole_octets(g) and (adjacent or itemsize(g[2]) != 2)
-            spend_others(
-                s, g, size, entries, n, label, bits, duplicate, maxima, rates, factors, adjacent, whole, like
-            )
+            spend_others(s, g, size, entries, n, label, bits, duplicate, maxima, rates, factors, adjacent, whole, like)
             spend_single(s, g, entries, values, n, label, is_own, p_tail, mass, told, c, c_h)
 
     return kernel

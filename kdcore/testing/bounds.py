@@ -192,7 +192,7 @@ def sparse_kd_bounds(
     scale_t2: bool = True,
     scale: Any = 1.0,
 ) -> KDBounds:
-    """As :func:`kd_bounds`, of student logits [B, V] and ``rows`` of B rows, :class:`kdcore.TopKRows` or SampledRows."""
+    """As :func:`kd_bounds`, of student logits [B, V] and B ``rows``, :class:`kdcore.TopKRows` or SampledRows."""
     student = np.asarray(student_logits)
     h = np.exp(_log_softmax(student, 1.0))
     kinds = {"temperature": temperature, "alpha": alpha, "scale_t2": scale_t2, "scale": scale}
