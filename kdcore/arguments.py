@@ -396,7 +396,7 @@ def check_sparse(rows: Any, settings: Settings, student_shape: tuple[int, ...]) 
             f"divergence must be 'forward_kl' for a teacher of {kind}, which does not have every class, got "
             f"{objective.divergence.name!r}"
         )
-    if np.float32(rows.temperature) != np.float32(objective.teacher_temperature):  # what stores keep it in
+    if not math.isclose(rows.temperature, objective.teacher_temperature, rel_tol=2.0**-24):  # files have it in float32
         raise DomainError(
             f"teacher_logits are {kind} at temperature={rows.temperature}, but the call reads the teacher at "
             f"{objective.teacher_temperature}: read them at that temperature, or give teacher_temperature"

@@ -228,7 +228,7 @@ def outcome_term(p, log_p, log_q):
 
 
 def tail_factor(mass, to_q, p_tail, to_share):
-    """What e of a class of the tail is multiplied by to be M q - p_tail q / q_tail; q = e to_q, q / q_tail = e to_share."""
+    """M q - p_tail q / q_tail of a class of the tail, over its e: q = e to_q, q / q_tail = e to_share."""
     return mass * to_q - p_tail * to_share
 
 

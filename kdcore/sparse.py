@@ -42,8 +42,7 @@ class _SparseRows:
         shape = tuple(self.indices.shape)
         if not shape or not 1 <= shape[-1] <= self.vocab_size:
             raise ShapeError(
-                f"indices must have from 1 to vocab_size={self.vocab_size} entries a row, its last dimension, got shape "
-                f"{shape}"
+                f"indices must have from 1 to vocab_size={self.vocab_size} entries in the last dimension, got {shape}"
             )
         for names, expected, reason in ((self._PER_ENTRY, shape, "indices"), (self._PER_ROW, shape[:-1], "its rows")):
             for name in names:

@@ -135,6 +135,24 @@ def test_ruled_out_classes(tail):
     )
 
 
+@pytest.mark.parametrize("tail", TAILS)
+def test_logits_that_need_care(tail):
+    """Whose exponents the quick way would round to nothing; and where only those of single classes are large."""
+    student, rows, labels, _ = problem(dtype=np.float32)
+    assert_sparse(np.round(student * 4) + np.float32(1e7), rows, labels, 2.0, 0.3, tail=tail)
+    student[0, rows.indices[0]] += np.float32(3e6)
+    assert_sparse(student, rows, labels, 2.0, 0.3, tail=tail)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "uniform"])
+def test_a_tail_that_has_underflowed_is_not_0(tail):
+    student = np.full((1, 6), -INF)
+    student[0, :2] = [1.0, 2.0]
+    rows = TopKRows([[0, 1]], [np.log([0.5, 0.5])], [-2000.0], [2], 6)
+    result = call(student, rows, None, 1.0, 0.0, tail=tail)
+    assert result.loss == INF and np.isfinite(result.gradient).all()
+
+
 def test_logits_near_the_largest_float():
     student = np.array([[3e38, -3e38, 0.0, 1.0, 3e38, -3e38]], np.float32)
     rows = TopKRows([[1, 0]], [np.log([0.25, 0.5])], [np.log(0.25)], [2], 6, 2.0)
