@@ -140,6 +140,7 @@ def test_logits_that_need_care(tail):
     """Whose exponents the quick way would round to nothing; and where only those of single classes are large."""
     student, rows, labels, _ = problem(dtype=np.float32)
     assert_sparse(np.round(student * 4) + np.float32(1e7), rows, labels, 2.0, 0.3, tail=tail)
+    assert_sparse(np.round(student) * np.float32(2**16) + np.float32(1e12), rows, labels, 2.0, 0.3, tail=tail)
     student[0, rows.indices[0]] += np.float32(3e6)
     assert_sparse(student, rows, labels, 2.0, 0.3, tail=tail)
 
