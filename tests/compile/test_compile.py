@@ -37,7 +37,7 @@ from kdcore.cuda.distillation import Parts, parts_of
 from kdcore.cuda.libraries import Description
 from kdcore.cuda.memory import DeviceArray
 from kdcore.divergences import Divergence, as_divergence, exp, log, where
-from kdcore.objective import Objective
+from kdcore.objective import TAILS, Objective
 
 SCRATCH = rows.SCRATCH  # a shape must be a constant, which an attribute of a module is not
 CAPABILITIES = [(8, 0), (9, 0)]
@@ -355,6 +355,26 @@ def test_groups_are_launched_as_they_are_built(launched, parts, size):
     assert kernel is groups.group_kernel(PARTS[parts], threads, RESIDENT[9, 0])
     teacher = "bfloat16" if parts != "hard" else "float16"
     assert arguments == group_signature("float16", teacher, "float16", nb.int32, nb.float32)
+    assert 0 < threads <= most_threads(kernel)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("parts", [parts for parts in PARTS if PARTS[parts].soft])
+@pytest.mark.parametrize("student", STORED)
+def test_sparse_teachers_are_launched_as_they_are_built(launched, student, parts, tail):
+    alpha, temperature = OBJECTIVES[parts]
+    of_rows = [device_array("float64", 2)] * 3
+    launch.sparse_kd_rows(
+        device_array(student, 2, 30000), device_array("int32", 2, 64), device_array("float16", 2, 64),
+        device_array("float16", 0 if tail == "zero" else 2), device_array("int32", 2), tail, device_array("int32", 2),
+        device_array("float32", 0), device_array("float64", 1),
+        Objective(divergences.forward_kl(), temperature, temperature, alpha, 4.0, -1), device_array(student, 2, 30000),
+        *of_rows, device_array("int64", 2, 2), None,
+    )  # fmt: skip
+    kernel, threads, arguments = launched.pop()
+    wide = student == "float64"
+    assert kernel is sparse.sparse_kd_kernel(PARTS[parts].hard, PARTS[parts].power, tail == "uniform", wide)
+    assert arguments == sparse_signature(student, student, wide, nb.int32, nb.float16, nb.int32, nb.float32)
     assert 0 < threads <= most_threads(kernel)
 
 
