@@ -29,6 +29,7 @@ from kdcore.cpu.rows import (
     M_S,
     M_T,
     PAD_S,
+    PAD_T,
     Z_H,
     Z_S,
     Z_T,
@@ -36,7 +37,6 @@ from kdcore.cpu.rows import (
     _aligned_part,
     _copy_block,
     blocks_in,
-    exp_block,
     h_power,
     label_loss,
     lanes_of,
@@ -45,7 +45,6 @@ from kdcore.cpu.rows import (
     merged_sum,
     origin,
     padded,
-    power_sum,
     shift_of,
     to_power,
     top_of,
@@ -56,6 +55,7 @@ from kdcore.cpu.simd import (
     fence,
     full,
     load,
+    prefetch,
     store,
     store_part,
     stream,
@@ -83,6 +83,8 @@ GO, HARD, SOFT, SHARE, EVEN, P_TAIL, TOTAL = range(7)
 _WORD = 6
 _WORDS = BLOCK >> _WORD
 assert _WORDS == 1 << _WORD
+#: Where sums of powers begin in the scratch for parts of sums.
+_HALF = BLOCK // 2
 #: A log p beyond is not added up, since its exponential is of no use.
 _LARGEST = 64.0
 _LOG2_E = math.log2(math.e)
@@ -221,22 +223,50 @@ def weigh_single(of_single, count, n_stored, classes, log_tail, policy, most):
 
 
 @inner
-def _cleared(e, single, start, power):
-    """The sums of e and of e^power over a block, once e is 0 in its single classes."""
-    for v in single:
-        e[v - start] = 0.0
-    like = e[0]
-    lanes = lanes_of(like)
-    z, z_h = full(0.0, 0.0), full(0.0, 0.0)
-    for u in range(0, e.size, _PART * lanes):
+def exp_parts(x, m, rate, e, power, parts, ahead, position):
+    """e = exp2((x - m) rate) of a block, as :func:`kdcore.cpu.rows.exp_block`, whose sums stay apart in ``parts``.
+
+    Those of e^power, where that is above 1, follow those of e, from _HALF on.
+    """
+    like = x[0]
+    lanes, m, rate = lanes_of(like), type(like)(m), type(like)(rate)
+    for u in range(0, x.size, _PART * lanes):
         part, part_h = full(0.0, like), full(0.0, like)
-        for v in range(u, min(u + _PART * lanes, e.size), lanes):
-            y = load(e, v, like)
+        for v in range(u, min(u + _PART * lanes, x.size), lanes):
+            prefetch(ahead, position + v)
+            y = exp2(load(x, v, like) - m, rate)
+            store(e, v, y)
             part += y
             if power > 1:
                 part_h += to_power(y, power)
-        z += widen(part)
-        z_h += widen(part_h)
+        store(parts, u // _PART, part)
+        store(parts, _HALF + u // _PART, part_h)
+
+
+@inner
+def sums_without(e, single, start, power, parts):
+    """The sums of e and of e^power over a block, from :func:`exp_parts`, once e is 0 in its single classes.
+
+    Parts with such classes are added up again, from what is left.
+    """
+    like = e[0]
+    lanes = lanes_of(like)
+    for v in single:
+        e[v - start] = 0.0
+    for v in single:
+        u = (v - start) // (_PART * lanes) * (_PART * lanes)
+        part, part_h = full(0.0, like), full(0.0, like)
+        for w in range(u, min(u + _PART * lanes, e.size), lanes):
+            y = load(e, w, like)
+            part += y
+            if power > 1:
+                part_h += to_power(y, power)
+        store(parts, u // _PART, part)
+        store(parts, _HALF + u // _PART, part_h)
+    z, z_h = full(0.0, 0.0), full(0.0, 0.0)
+    for u in range(0, e.size, _PART * lanes):
+        z += widen(load(parts, u // _PART, like))
+        z_h += widen(load(parts, _HALF + u // _PART, like))
     return sum_lanes(z), sum_lanes(z_h)
 
 
@@ -261,26 +291,22 @@ def other_states(s, b, single, hard, power, temperature, linear, work, pads, sta
     far below it that they have too little of the sum to be exact; then it is theirs. ``linear``: also the sum D of
     HEADROOM (x - origin).
     """
-    start, ahead, pad = b * BLOCK, (b + 1) * BLOCK, pads[PAD_S]
+    start, ahead, pad, parts = b * BLOCK, (b + 1) * BLOCK, pads[PAD_S], pads[PAD_T]
     x, state[M_S] = measured_block(s, b, pad)
-    e = work[E_S, start : start + x.size]
-    state[Z_S] = exp_block(x, origin(state[M_S]), _rate(temperature), e, s, ahead)
-    if single.size > 0:
-        state[Z_S], state[Z_H] = _cleared(e, single, start, power if hard else 0)
-        if not state[Z_S] > _LEAST:
-            x = _without(s, b, single, -math.inf, pad)
-            state[M_S] = max_block(x)
-            exp_block(x, origin(state[M_S]), _rate(temperature), e, s, ahead)
-            state[Z_S], state[Z_H] = _cleared(e, single, start, power if hard else 0)
-    elif hard and power > 1:
-        state[Z_H] = power_sum(e, power)
+    e, rate, power_of_sum = work[E_S, start : start + x.size], _rate(temperature), power if hard else 0
+    exp_parts(x, origin(state[M_S]), rate, e, power_of_sum, parts, s, ahead)
+    state[Z_S], state[Z_H] = sums_without(e, single, start, power_of_sum, parts)
+    if single.size > 0 and not state[Z_S] > _LEAST:
+        x = _without(s, b, single, -math.inf, pad)
+        state[M_S] = max_block(x)
+        exp_parts(x, origin(state[M_S]), rate, e, power_of_sum, parts, s, ahead)
+        state[Z_S], state[Z_H] = sums_without(e, single, start, power_of_sum, parts)
     if hard and power == 1:
         state[Z_H] = state[Z_S]
     elif hard and power == 0:
         e_h = work[E_H, start : start + x.size]
-        state[Z_H] = exp_block(x, origin(state[M_S]), _rate(1.0), e_h, s, ahead)
-        if single.size > 0:
-            state[Z_H], _ = _cleared(e_h, single, start, 0)
+        exp_parts(x, origin(state[M_S]), _rate(1.0), e_h, 0, parts, s, ahead)
+        state[Z_H], _ = sums_without(e_h, single, start, 0, parts)
     if linear:
         o = origin(state[M_S])
         state[D] = linear_sum(_without(s, b, single, o, pad), o)
