@@ -69,6 +69,10 @@ if TYPE_CHECKING:  # the same names as below, for type checkers
         Pipeline as Pipeline,
         PipelineResult as PipelineResult,
     )
+    from kdcore.sparse import (
+        SampledRows as SampledRows,
+        TopKRows as TopKRows,
+    )
     from kdcore.states import (
         KDState as KDState,
         kd_gradient_from_state as kd_gradient_from_state,
@@ -122,6 +126,7 @@ _HOME = {
     "kdcore.config": ("DistillConfig",),
     "kdcore.hdf5": ("save_teacher_logits",),
     "kdcore.pipeline": ("Pipeline", "PipelineResult"),
+    "kdcore.sparse": ("SampledRows", "TopKRows"),
     "kdcore.states": ("KDState", "kd_gradient_from_state", "kd_loss_from_state", "kd_state", "merge_states"),
     "kdcore.steps": ("kd_step", "kd_step_per_position"),
     "kdcore.students.base": ("StudentLogitsProvider",),

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, lru_cache
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,8 +26,10 @@ from kdcore.errors import (
     NonFiniteError,
     ShapeError,
     UndefinedGradientError,
+    VocabularyMismatchError,
 )
-from kdcore.objective import Objective
+from kdcore.objective import TAILS, ZERO, Objective
+from kdcore.sparse import SampledRows, TopKRows
 
 __all__ = [
     "ALL",
@@ -36,11 +39,14 @@ __all__ = [
     "Reduction",
     "Scaling",
     "Settings",
+    "Tail",
     "as_labels",
     "as_logits",
     "as_output",
     "as_scaling",
     "as_settings",
+    "as_sparse_rows",
+    "as_tail",
     "as_temperature",
     "as_validate",
     "as_weights",
@@ -48,12 +54,15 @@ __all__ = [
     "check_gradients",
     "check_logits",
     "check_same_shape",
+    "check_sparse",
+    "check_sparse_rows",
     "kd_call",
     "reduced",
     "row_blocks",
 ]
 
 Reduction = Literal["mean", "sum", "none"]
+Tail = Literal["bucket", "renormalize", "zero", "uniform"]
 
 _LOGIT_DTYPES = ("float32", "float64", "float16", "bfloat16")
 #: Outside, T² or 1/T is no longer a normal float64.
@@ -365,6 +374,108 @@ def reduced(engine: Engine, results: Any, reduction: str, lead: tuple[int, ...])
     return [engine.hand_over(totals[k]) for k in range(3)]
 
 
+# --- teachers without every class ----------------------------------------------------------------------------------
+
+
+def as_tail(tail: Any, teacher_logits: Any) -> str:
+    """The policy that a teacher's rows are worked by. Only :class:`~kdcore.TopKRows` have a choice."""
+    tail = choice(tail, "tail", TAILS)
+    if isinstance(teacher_logits, TopKRows) or teacher_logits is None:
+        return tail
+    if tail != TAILS[0]:
+        kind = "samples have none" if isinstance(teacher_logits, SampledRows) else "an array of logits has none"
+        raise DomainError(f"tail={tail!r} is for the tail that TopKRows leave out; {kind}: leave it at {TAILS[0]!r}")
+    return TAILS[ZERO]
+
+
+def check_sparse(rows: Any, settings: Settings, student_shape: tuple[int, ...]) -> None:
+    """Whether rows of a sparse teacher are those of a call: its shape, vocabulary, temperature and divergence."""
+    objective, kind = settings.objective, type(rows).__name__
+    if objective.divergence.name != "forward_kl" or not objective.divergence.builtin:
+        raise DomainError(
+            f"divergence must be 'forward_kl' for a teacher of {kind}, which does not have every class, got "
+            f"{objective.divergence.name!r}"
+        )
+    if not math.isclose(rows.temperature, objective.teacher_temperature, rel_tol=2.0**-24):  # files have it in float32
+        raise DomainError(
+            f"teacher_logits are {kind} at temperature={rows.temperature}, but the call reads the teacher at "
+            f"{objective.teacher_temperature}: read them at that temperature, or give teacher_temperature"
+        )
+    if rows.vocab_size != student_shape[-1]:
+        raise VocabularyMismatchError(
+            f"teacher_logits have vocab_size={rows.vocab_size}, but student_logits have {student_shape[-1]} classes"
+        )
+    if rows.shape != student_shape[:-1]:
+        raise ShapeError(
+            f"teacher_logits must have the leading shape {student_shape[:-1]} of student_logits, got {rows.shape} (see "
+            f"{kind}.reshape)"
+        )
+
+
+def as_sparse_rows(engine: Engine, rows: Any) -> tuple[Any, Any, Any, Any]:
+    """indices, log_probs [B, k], tail_logmass and n_valid [B], as an engine's ``sparse_kd_rows`` takes them.
+
+    Samples have no tail, and their weights take the place of probabilities.
+    """
+    found = {}
+    for name, obj in rows.arrays().items():
+        array = _array(engine, obj, f"teacher_logits.{name}")
+        kinds, what = ("iu", "integers") if name in ("indices", "n_valid") else ("f", "floating-point numbers")
+        if array.dtype.kind not in kinds and not ("f" in kinds and _name(array.dtype) == "bfloat16"):
+            raise DTypeError(f"teacher_logits.{name} must be {what}, got dtype {array.dtype}")
+        per_row = array.ndim == len(rows.shape)
+        if engine.on_host:  # one layout, one compiled kernel
+            array = np.ascontiguousarray(array, np.int64 if "i" in kinds else np.float64)
+        elif not _mergeable(array):
+            raise ShapeError(f"teacher_logits.{name} must be contiguous, got strides {tuple(array.strides)}")
+        found[name] = array.reshape(-1) if per_row else engine.memory.as_rows(array)
+    if isinstance(rows, SampledRows):
+        return found["indices"], found["log_weights"], engine.nothing(np.float64), found["n_valid"]
+    return found["indices"], found["log_probs"], found["tail_logmass"], found["n_valid"]
+
+
+def check_sparse_rows(call: KDCall, rows: Any, status: np.ndarray) -> None:
+    """Raise for the first row that a kernel could not use, of a sparse teacher or of the student's logits."""
+    engine, lead = call.engine, call.lead
+    bad = (status[:, 0] >= rowstatus.COUNT) & (status[:, 0] <= rowstatus.ROOM)
+    if not bad.any():
+        check_logits(engine, call.status, lead)
+        return
+    row = int(bad.argmax())
+    code, entry = (int(number) for number in status[row])
+    values = "log_weights" if isinstance(rows, SampledRows) else "log_probs"
+
+    def value(name: str) -> tuple[str, Any]:
+        """How an error calls what is wrong, and what is there."""
+        array = engine.memory.to_host(_array(engine, getattr(rows, name), name))
+        if array.ndim == len(lead):
+            return at(f"teacher_logits.{name}", lead, row), array.reshape(-1)[row]
+        return at(f"teacher_logits.{name}", lead, row, entry), array.reshape(-1, array.shape[-1])[row, entry]
+
+    if code == rowstatus.COUNT:
+        where, found = value("n_valid")
+        raise DomainError(f"{where} is {found}, not a number of entries from 1 to {rows.k}")
+    if code == rowstatus.CLASS:
+        where, found = value("indices")
+        raise DomainError(f"{where} is {found}, not a class in [0, {rows.vocab_size})")
+    if code == rowstatus.DUPLICATE:
+        where, found = value("indices")
+        raise DomainError(f"{where} is class {found} again: a row has each class once")
+    if code == rowstatus.LOG_PROB:
+        where, found = value(values)
+        raise NonFiniteError(f"{where} is {found}: it must be finite or -inf")
+    if code == rowstatus.TAIL:
+        where, found = value("tail_logmass")
+        raise NonFiniteError(f"{where} is {found}: it must be finite or -inf")
+    if code == rowstatus.ROOM:
+        where, found = value("tail_logmass")
+        raise DomainError(f"{where} is {found}, but the row has every class: it must be -inf")
+    raise DomainError(
+        f"the probabilities of {at('teacher_logits', lead, row)} do not add up to more than 0 and at most "
+        f"{rowstatus.MOST_MASS}: {values} must be logarithms of probabilities at the temperature of the rows"
+    )
+
+
 # --- a KD operation ------------------------------------------------------------------------------------------------
 
 
@@ -456,10 +567,11 @@ def kd_call(
     *,
     with_gradient: bool = True,
     labels_needed: bool = False,
+    also_read: Mapping[str, Any] = MappingProxyType({}),
 ) -> KDCall:
     """Check the arrays of a KD operation against one another, and make what it needs.
 
-    The teachers come by the names that errors call them.
+    The teachers come by the names that errors call them; ``also_read``: what else ``out`` must not overlap.
     """
     objective, scaling, validate = settings
     alpha, ignore_index = objective.alpha, objective.ignore_index
@@ -476,7 +588,7 @@ def kd_call(
             check_same_shape(checked[-1].shape, name, shape, "student_logits")
         elif alpha < 1:
             raise DTypeError(f"{name} are needed unless alpha is 1, got None and alpha={alpha}")
-    given = {"student_logits": student_logits, **teachers, "labels": labels, "weights": weights}
+    given = {"student_logits": student_logits, **teachers, **also_read, "labels": labels, "weights": weights}
     if labels is not None:
         labels = as_labels(engine, labels, lead)
     elif labels_needed:

@@ -49,6 +49,7 @@ __all__ = [
     "log_ratio",
     "log_softmax",
     "merged_forward_kl",
+    "outcome_term",
     "rate",
     "relu",
     "reverse_kl_slope",
@@ -61,6 +62,7 @@ __all__ = [
     "skew_reverse_kl_slope",
     "skew_reverse_kl_term",
     "softplus",
+    "tail_factor",
     "tanh",
     "tvd_slope",
     "tvd_term",
@@ -195,6 +197,39 @@ def sigmoid(u, e):
 def softplus(u, e):
     """log(1 + exp(u)), where e = exp(-|u|): log q = -softplus(-u) and log(1 - q) = -softplus(u) of the log-odds u."""
     return where(u > 0.0, u, 0.0) + math.log1p(e)
+
+
+# --- teachers without every class ----------------------------------------------------------------------------------
+#
+# Of a row the teacher stores some classes I, each with its log p, and the log of what all others have together, p_tail.
+# The divergence is a sum over **outcomes** of p (log p - log q), with q = softmax(s / T) over all classes. What the
+# outcomes are is the policy for the tail. With M = the sum of the outcomes' p, which is 1 but for the rounding of what
+# is stored (and less for "zero"), the derivative by the student's logits, times T², is T times
+#
+#     bucket        the classes in I, and all others as one: p_tail, q_tail = sum of q outside I
+#                       M q_v - p_v in I, (M - p_tail / q_tail) q_v outside
+#     renormalize   the classes in I, with p / (sum of p in I)
+#                       q_v - p_v in I, q_v outside
+#     zero          the classes in I as they are
+#                       M q_v - p_v in I, M q_v outside
+#     uniform       all classes, each of the n outside I with p_tail / n
+#                       M q_v - p_v in I, M q_v - p_tail / n outside
+#
+# Samples are as "zero", with their weights for p. Where the student rules out the whole tail, q_v / q_tail is 1 / n,
+# the limit of equal logits that fall together.
+
+
+def outcome_term(p, log_p, log_q):
+    """p (log p - log q) of one outcome, or of several that share p equally: log p of one, the mean of their log q.
+
+    0 log 0 = 0. +inf where q alone rules the outcome out, or NaN where p has underflowed to 0.
+    """
+    return where(log_p == -math.inf, 0.0, p * (log_p - log_q))
+
+
+def tail_factor(mass, to_q, p_tail, to_share):
+    """M q - p_tail q / q_tail of a class of the tail, over its e: q = e to_q, q / q_tail = e to_share."""
+    return mass * to_q - p_tail * to_share
 
 
 # --- divergences ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,11 @@ import numpy as np
 
 from kdcore.divergences import Divergence
 
-__all__ = ["Objective", "needs_float64"]
+__all__ = ["BUCKET", "RENORMALIZE", "TAILS", "UNIFORM", "ZERO", "Objective", "needs_float64"]
+
+#: Policies for the tail of a teacher without every class (see :mod:`kdcore.formulas`), and their numbers in kernels.
+TAILS = ("bucket", "renormalize", "zero", "uniform")
+BUCKET, RENORMALIZE, ZERO, UNIFORM = range(4)
 
 
 class Objective(NamedTuple):

@@ -16,13 +16,18 @@ from kdcore import rowstatus
 from kdcore.arguments import (
     KDOutput,
     Reduction,
+    Tail,
     as_logits,
     as_output,
     as_settings,
+    as_sparse_rows,
+    as_tail,
     as_temperature,
     as_validate,
     check_logits,
     check_same_shape,
+    check_sparse,
+    check_sparse_rows,
     kd_call,
     row_blocks,
 )
@@ -31,6 +36,7 @@ from kdcore.divergences import Divergence
 from kdcore.engines import engine_of
 from kdcore.errors import DTypeError, LabelError
 from kdcore.formulas import ACTIVATIONS
+from kdcore.sparse import SampledRows, TopKRows
 
 __all__ = [
     "cross_entropy",
@@ -176,27 +182,34 @@ def _kd(
     weights: Any,
     reduction: Any,
     denominator: Any,
+    tail: Any,
     with_gradient: bool,
     out: Any,
     validate: Any,
     threads: int | None,
     stream: Any,
 ) -> KDOutput:
-    """The one way to the engines' ``kd_rows``."""
-    inputs = {
-        "student_logits": student_logits,
-        "teacher_logits": teacher_logits,
-        "labels": labels,
-        "weights": weights,
-        "out": out,
-    }
+    """The one way to the engines' ``kd_rows`` and ``sparse_kd_rows``."""
+    teachers, sparse = {"teacher_logits": teacher_logits}, {}
+    if isinstance(teacher_logits, TopKRows | SampledRows):
+        teachers, sparse = {}, {f"teacher_logits.{name}": array for name, array in teacher_logits.arrays().items()}
+    inputs = {"student_logits": student_logits, **teachers, **sparse, "labels": labels, "weights": weights, "out": out}
     engine = engine_of(inputs, threads, stream)
     settings = as_settings(
         temperature=temperature, alpha=alpha, divergence=divergence, teacher_temperature=teacher_temperature,
         scale_t2=scale_t2, ignore_index=ignore_index, reduction=reduction, denominator=denominator, validate=validate,
     )  # fmt: skip
-    teachers = {"teacher_logits": teacher_logits}
-    call = kd_call(engine, settings, student_logits, teachers, labels, weights, out, with_gradient=with_gradient)
+    tail = as_tail(tail, teacher_logits)
+    if sparse:
+        check_sparse(teacher_logits, settings, tuple(as_logits(engine, student_logits, "student_logits").shape))
+    call = kd_call(
+        engine, settings, student_logits, teachers, labels, weights, out, with_gradient=with_gradient, also_read=sparse
+    )
+    if sparse and settings.objective.alpha < 1:
+        rows = as_sparse_rows(engine, teacher_logits)
+        for part, s, _, arguments in call.parts():
+            engine.kernels.sparse_kd_rows(s, *(array[part] for array in rows), tail, *arguments)
+        return call.output(lambda status: check_sparse_rows(call, teacher_logits, status))
     for _, s, ts, arguments in call.parts():
         engine.kernels.kd_rows(s, ts[0] if ts else s, *arguments)
     return call.output()
@@ -216,6 +229,7 @@ def kd_loss_and_gradient(
     weights: Any = None,
     reduction: Reduction = "mean",
     denominator: float | None = None,
+    tail: Tail = "bucket",
     out: Any = None,
     validate: bool | None = None,
     threads: int | None = None,
@@ -236,7 +250,8 @@ def kd_loss_and_gradient(
     student_logits, teacher_logits : array [..., V]
         float32, float64, float16 or bfloat16 (they may differ), both on the host or both on a CUDA device. -inf
         rules a class out: where the teacher does, the class adds nothing; where only the student does, forward KL is
-        +inf with a finite gradient.
+        +inf with a finite gradient. The teacher may also be :class:`kdcore.TopKRows` or :class:`kdcore.SampledRows`,
+        in the leading shape of the student's rows, read at the teacher's temperature, with forward KL alone.
     labels : array-like of int [...], or None
         Classes in [0, V), or ``ignore_index``. None is allowed at alpha = 0.
     temperature : float
@@ -259,6 +274,21 @@ def kd_loss_and_gradient(
         sum of w L / sum of w over unmasked rows; sum of w L; w L a row. Never divided by V. Nothing unmasked gives 0.
     denominator : float, optional
         Replaces the sum of weights in the mean, so that accumulated micro-batches add up to the batch.
+    tail : {"bucket", "renormalize", "zero", "uniform"}
+        What becomes of the classes that TopKRows leave out. D is a sum of p (log p - log q) over outcomes, where q is
+        always the softmax over all V classes, and M the sum of the outcomes' p (1 but for the rounding of what is
+        stored). Its gradient, with T², is T times
+
+        - "bucket": the stored classes, and the tail as one more: its p is the stored mass, its q the sum of q over the
+          classes that are not stored, added up over these. M q - p for a stored class, (M - p_tail / q_tail) q for
+          another: how the student's tail is shared out is left to the student.
+        - "renormalize": the stored classes, with p divided by their sum. q - p, and q for another class, which is
+          pushed down: the student is taught that nothing else is possible. (Others divide q by its sum over the stored
+          classes, too. Then the rest is left alone, even if it has all of q.)
+        - "zero": the stored classes as they are, p not divided: M < 1. M q - p, and M q for another class.
+        - "uniform": all classes, those of the tail with an equal part of its mass. M q - p.
+
+        Where the student rules the whole tail out, "bucket" and "uniform" are +inf, and their gradients the same.
     out : array, optional
         Where the gradient goes: ``student_logits`` itself, or an array of its shape that shares no element with an
         input. After an error its contents are undefined.
@@ -274,7 +304,7 @@ def kd_loss_and_gradient(
     Raises
     ------
     DomainError, DTypeError, ShapeError, LabelError, NonFiniteError, AliasError, DeviceMismatchError,
-    UndefinedGradientError
+    UndefinedGradientError, VocabularyMismatchError
 
     References
     ----------
@@ -290,6 +320,9 @@ def kd_loss_and_gradient(
     1.0666924
     >>> result.gradient.round(4)
     array([[ 0.6559, -0.2579, -0.0219, -0.3761]])
+    >>> rows = kdcore.TopKRows.from_logits(teacher, k=2, temperature=3.0)
+    >>> kdcore.kd_logit_gradient(student, rows, [3], temperature=3.0, alpha=0.0).round(4)  # exact where it is stored
+    array([[ 0.4635, -0.2579,  0.1705, -0.3761]])
     """
     return _kd(
         student_logits,
@@ -304,6 +337,7 @@ def kd_loss_and_gradient(
         weights=weights,
         reduction=reduction,
         denominator=denominator,
+        tail=tail,
         with_gradient=True,
         out=out,
         validate=validate,
@@ -326,6 +360,7 @@ def kd_loss(
     weights: Any = None,
     reduction: Reduction = "mean",
     denominator: float | None = None,
+    tail: Tail = "bucket",
     validate: bool | None = None,
     threads: int | None = None,
     stream: Any = None,
@@ -351,6 +386,7 @@ def kd_loss(
         weights=weights,
         reduction=reduction,
         denominator=denominator,
+        tail=tail,
         with_gradient=False,
         out=None,
         validate=validate,
@@ -373,6 +409,7 @@ def kd_logit_gradient(
     weights: Any = None,
     reduction: Reduction = "mean",
     denominator: float | None = None,
+    tail: Tail = "bucket",
     out: Any = None,
     validate: bool | None = None,
     threads: int | None = None,
@@ -399,6 +436,7 @@ def kd_logit_gradient(
         weights=weights,
         reduction=reduction,
         denominator=denominator,
+        tail=tail,
         with_gradient=True,
         out=out,
         validate=validate,
@@ -428,8 +466,9 @@ def kl_divergence(
     >>> print(round(float(kdcore.kl_divergence(np.zeros(2), np.log([0.25, 0.75]))), 6))
     0.130812
     """
-    if teacher_logits is None:
-        raise DTypeError("teacher_logits must be an array like student_logits, got None")
+    if teacher_logits is None or isinstance(teacher_logits, TopKRows | SampledRows):
+        kind = "None" if teacher_logits is None else f"{type(teacher_logits).__name__}, which kd_loss takes"
+        raise DTypeError(f"teacher_logits must be an array like student_logits, got {kind}")
     return _kd(
         student_logits,
         teacher_logits,
@@ -443,6 +482,7 @@ def kl_divergence(
         weights=None,
         reduction=reduction,
         denominator=None,
+        tail="bucket",
         with_gradient=False,
         out=None,
         validate=validate,
@@ -486,6 +526,7 @@ def cross_entropy(
         weights=None,
         reduction=reduction,
         denominator=None,
+        tail="bucket",
         with_gradient=False,
         out=None,
         validate=validate,

@@ -4,12 +4,20 @@ A status is two integers: a code, and the class (or label) that it is about. The
 """
 
 __all__ = [
+    "CLASS",
+    "COUNT",
+    "DUPLICATE",
     "LABEL",
+    "LOG_PROB",
+    "MASS",
+    "MOST_MASS",
     "NAN",
     "NO_SUPPORT",
     "OK",
     "POSITIVE_INF",
+    "ROOM",
     "STUDENT",
+    "TAIL",
     "TEACHER",
     "TOO_WIDE",
     "UNDEFINED_GRADIENT",
@@ -30,3 +38,15 @@ LABEL = 31
 WEIGHT = 41
 UNDEFINED_GRADIENT = 51
 TOO_WIDE = 61  # a divergence that float32 cannot hold, for the engine alone: it works the row again in float64
+
+# Codes of a row of a teacher without every class; the detail of those marked * is the entry in the row.
+COUNT = 71  # n_valid is not from 1 to k
+CLASS = 72  # * an index is not a class
+DUPLICATE = 73  # * an index that an entry before it has
+LOG_PROB = 74  # * NaN or +inf
+TAIL = 75  # tail_logmass is NaN or +inf
+MASS = 76  # the probabilities add up to 0, or to more than MOST_MASS
+ROOM = 77  # a tail, although every class is stored
+
+#: What probabilities that are rounded to 8 bits and stored may add up to; logits or another temperature give more.
+MOST_MASS = 1.02

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcore.arguments import Tail, as_tail
 from kdcore.checks import number_in, positive_number
 from kdcore.errors import DTypeError, ShapeError, VocabularyMismatchError
 from kdcore.ops import kd_loss_and_gradient
 from kdcore.sequences import as_rows, pad_rows
+from kdcore.sparse import SampledRows, TopKRows
 from kdcore.teachers.base import InputIds, TeacherLogitsProvider
 
 __all__ = ["kd_step", "kd_step_per_position"]  # counted_kd_step is for the pipeline
@@ -27,6 +29,7 @@ def kd_step(
     *,
     divergence: str = "forward_kl",
     ignore_index: int = -100,
+    tail: Tail = "bucket",
 ) -> tuple[float, NDArray[Any]]:
     """The mean KD loss over rows, and the gradient of each row's loss by its student logits.
 
@@ -35,12 +38,13 @@ def kd_step(
     Parameters
     ----------
     teacher : TeacherLogitsProvider
-        Asked once, for the whole batch; not at alpha = 1, where no teacher is read.
+        Asked once, for the whole batch; not at alpha = 1, where no teacher is read. It may return
+        :class:`kdcore.TopKRows` or :class:`kdcore.SampledRows`, of the shape that its logits would have.
     input_ids : B rows of token ids
         Ragged or an array [B, L].
     labels : array-like of int [B]
         Rows labelled ``ignore_index`` are masked. None is allowed at alpha = 0.
-    temperature, alpha, divergence, ignore_index
+    temperature, alpha, divergence, ignore_index, tail
         As for :func:`kdcore.kd_loss_and_gradient`.
     compute_student_logits : callable
         ``compute_student_logits(row_ids) -> [V]``, called once a row, in order.
@@ -70,6 +74,7 @@ def kd_step(
         compute_student_logits,
         divergence=divergence,
         ignore_index=ignore_index,
+        tail=tail,
     )
     return loss, gradient
 
@@ -84,9 +89,10 @@ def counted_kd_step(
     *,
     divergence: str,
     ignore_index: int,
+    tail: Tail = "bucket",
 ) -> tuple[float, NDArray[Any], int]:
     """:func:`kd_step`, and as a third the number of rows in its mean: those that are not masked."""
-    _check_arguments(teacher, temperature, alpha, compute_student_logits)
+    _check_arguments(teacher, temperature, alpha, compute_student_logits, tail)
     rows = list(input_ids)
     vocab_size = teacher.vocab_size
     if labels is not None and np.shape(labels) != (len(rows),):
@@ -106,6 +112,7 @@ def counted_kd_step(
         divergence=divergence,
         ignore_index=ignore_index,
         reduction="sum",
+        tail=tail,
     )
     count = len(rows) if labels is None else int(np.count_nonzero(np.asarray(labels) != ignore_index))
     return float(result.loss) / max(count, 1), result.gradient, count
@@ -121,6 +128,7 @@ def kd_step_per_position(
     *,
     divergence: str = "forward_kl",
     ignore_index: int = -100,
+    tail: Tail = "bucket",
 ) -> tuple[float, NDArray[Any], NDArray[np.bool_]]:
     """:func:`kd_step` with a prediction at every position of every row.
 
@@ -147,7 +155,7 @@ def kd_step_per_position(
     >>> print(round(loss, 4), gradients.shape, mask.sum())
     6.7449 (2, 3, 8) 3
     """
-    _check_arguments(teacher, temperature, alpha, compute_student_logits)
+    _check_arguments(teacher, temperature, alpha, compute_student_logits, tail)
     ids = as_rows(input_ids)
     vocab_size = teacher.vocab_size
     _, mask = pad_rows(ids)
@@ -184,11 +192,12 @@ def kd_step_per_position(
         ignore_index=ignore_index,
         weights=mask.astype(np.float64),
         reduction="sum",
+        tail=tail,
     )
     return float(result.loss) / max(int(mask.sum()), 1), result.gradient, mask
 
 
-def _check_arguments(teacher: Any, temperature: Any, alpha: Any, compute_student_logits: Any) -> None:
+def _check_arguments(teacher: Any, temperature: Any, alpha: Any, compute_student_logits: Any, tail: Any) -> None:
     """Before anything is asked of the teacher; kd_loss_and_gradient looks again at the numbers, once it has logits."""
     if not isinstance(teacher, TeacherLogitsProvider):
         raise DTypeError(f"teacher must be a TeacherLogitsProvider, got {teacher!r}")
@@ -196,6 +205,7 @@ def _check_arguments(teacher: Any, temperature: Any, alpha: Any, compute_student
         raise DTypeError(f"compute_student_logits must be callable, got {compute_student_logits!r}")
     positive_number(temperature, "temperature")
     number_in(alpha, "alpha", 0, 1)
+    as_tail(tail, None)
 
 
 def _no_gradient(
@@ -210,7 +220,12 @@ def _no_gradient(
     return gradient
 
 
-def _teacher_logits(logits: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+def _teacher_logits(logits: Any, shape: tuple[int, ...]) -> Any:
+    """An array of logits, or rows without every class, of which kd_loss_and_gradient checks the rest."""
+    if isinstance(logits, TopKRows | SampledRows):
+        if logits.shape != shape[:-1]:
+            raise ShapeError(f"the teacher must return rows of shape {shape[:-1]}, got {logits.shape}")
+        return logits
     array = np.asarray(logits)
     if array.shape[:-1] != shape[:-1]:
         raise ShapeError(f"the teacher must return logits of shape {shape}, got {array.shape}")

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from kdcore import ops
-from kdcore.arguments import Reduction, as_settings
+from kdcore.arguments import Reduction, Tail, as_settings, as_tail
 from kdcore.errors import DTypeError, MissingDependencyError
+from kdcore.sparse import SampledRows, TopKRows
 
 try:
     import torch
@@ -40,6 +41,13 @@ def _array(tensor: Any, name: str) -> Any:
     return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
+def _teacher(teacher_logits: Any) -> Any:
+    """The memory of a teacher's logits, or of the tensors that are its rows."""
+    if isinstance(teacher_logits, TopKRows | SampledRows):
+        return teacher_logits.map(lambda array: _array(array, "teacher_logits"))
+    return _array(teacher_logits, "teacher_logits")
+
+
 def _tensor(values: Any, student_logits: torch.Tensor) -> torch.Tensor:
     """Losses as a tensor beside the student: float64 of a float64 student, else float32."""
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
@@ -57,7 +65,7 @@ class _KDLoss(torch.autograd.Function):
         gradient = torch.empty(student_logits.shape, dtype=dtype, device=student_logits.device)
         result = ops.kd_loss_and_gradient(
             _array(student_logits, "student_logits"),
-            _array(teacher_logits, "teacher_logits"),
+            _teacher(teacher_logits),
             _array(labels, "labels"),
             **options,
             out=_array(gradient, "out"),
@@ -83,7 +91,7 @@ class _KDLoss(torch.autograd.Function):
 @torch.compiler.disable
 def kd_loss(
     student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor | None,
+    teacher_logits: torch.Tensor | TopKRows | SampledRows | None,
     labels: torch.Tensor | None,
     temperature: float,
     alpha: float,
@@ -95,13 +103,15 @@ def kd_loss(
     weights: torch.Tensor | None = None,
     reduction: Reduction = "mean",
     denominator: float | None = None,
+    tail: Tail = "bucket",
     validate: bool | None = None,
 ) -> torch.Tensor:
     """The loss of :func:`kdcore.kd_loss_and_gradient`, of tensors, differentiable once by the student's logits.
 
     **alpha is the weight of the hard cross-entropy**; some libraries mean the opposite. The arguments and errors are
     those of :func:`kdcore.kd_loss_and_gradient`. Tensors are all on the CPU, or all on one CUDA device, where they are
-    worked on its current stream. The teacher is a constant, whether or not its logits require a gradient. Loss and
+    worked on its current stream. :class:`kdcore.TopKRows` and :class:`kdcore.SampledRows` may be of tensors, where the
+    student is. The teacher is a constant, whether or not its logits require a gradient. Loss and
     gradient are computed together, in the forward pass, if a gradient can be asked for; the backward pass scales it.
 
     Returns
@@ -131,6 +141,7 @@ def kd_loss(
         "weights": _array(weights, "weights"),
         "reduction": reduction,
         "denominator": denominator,
+        "tail": tail,
         "validate": validate,
         "stream": torch.cuda.current_stream(student_logits.device) if student_logits.is_cuda else None,
     }
@@ -138,7 +149,7 @@ def kd_loss(
         loss: torch.Tensor = _KDLoss.apply(student_logits, teacher_logits, labels, options)
         return loss
     student = _array(student_logits, "student_logits")
-    teacher, classes = _array(teacher_logits, "teacher_logits"), _array(labels, "labels")
+    teacher, classes = _teacher(teacher_logits), _array(labels, "labels")
     return _tensor(ops.kd_loss(student, teacher, classes, **options), student_logits)
 
 
@@ -151,7 +162,7 @@ class KDLoss(torch.nn.Module):
         T, positive and finite. CE is always taken at T = 1.
     alpha : float
         **Weight of the hard cross-entropy**, in [0, 1].
-    divergence, teacher_temperature, scale_t2, ignore_index, reduction, validate
+    divergence, teacher_temperature, scale_t2, ignore_index, reduction, tail, validate
         As for :func:`kdcore.kd_loss_and_gradient`.
 
     Raises
@@ -185,6 +196,7 @@ class KDLoss(torch.nn.Module):
         scale_t2: bool = True,
         ignore_index: int = -100,
         reduction: Reduction = "mean",
+        tail: Tail = "bucket",
         validate: bool | None = None,
     ) -> None:
         super().__init__()
@@ -199,11 +211,12 @@ class KDLoss(torch.nn.Module):
             "validate": validate,
         }
         as_settings(**self.options, denominator=None)
+        self.options["tail"] = as_tail(tail, None)
 
     def forward(
         self,
         student_logits: torch.Tensor,
-        teacher_logits: torch.Tensor | None,
+        teacher_logits: torch.Tensor | TopKRows | SampledRows | None,
         labels: torch.Tensor | None = None,
         *,
         weights: torch.Tensor | None = None,

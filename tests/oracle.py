@@ -228,6 +228,65 @@ def kd_row(
     return Answer(loss, gradient, ce, kl)
 
 
+def sparse_forward_kl(s, log_p, log_tail, tail, temperature=1.0):
+    """(D, dD/ds) of one row against a teacher that stores the classes of ``log_p``, a dict from class to log p.
+
+    D is the sum of p (log p - log q) over outcomes, which are sets of classes, and q of a set is the sum over it.
+    """
+    log_q = log_softmax(s, temperature)
+    stored = np.array(list(log_p), int)
+    of_p = np.array([REAL(log_p[v]) for v in log_p])
+    rest = np.setdiff1d(np.arange(len(log_q)), stored)
+    if tail == "renormalize":
+        of_p = of_p - np.logaddexp.reduce(of_p)
+    elif tail == "uniform" and len(rest):
+        stored = np.concatenate([stored, rest])
+        of_p = np.concatenate([of_p, np.full(len(rest), REAL(log_tail) - np.log(REAL(len(rest))))])
+    value, gradient = REAL(0), np.exp(of_p).sum() * np.exp(log_q)
+    allowed = of_p > -np.inf
+    if np.isneginf(log_q[stored][allowed]).any():
+        value = REAL(np.inf)
+    else:
+        value = (np.exp(of_p[allowed]) * (of_p[allowed] - log_q[stored][allowed])).sum()
+    gradient[stored] -= np.exp(of_p)
+    if tail == "bucket" and len(rest) and log_tail > -np.inf:
+        p, of_q = np.exp(REAL(log_tail)), np.logaddexp.reduce(log_q[rest])
+        value = value + (p * (REAL(log_tail) - of_q) if of_q > -np.inf else REAL(np.inf))
+        gradient = gradient + p * np.exp(log_q)
+        # Shares of classes that are all ruled out are those of equal logits.
+        gradient[rest] -= p * (softmax(real(s)[rest], temperature) if of_q > -np.inf else 1 / REAL(len(rest)))
+    return value, gradient / REAL(temperature)
+
+
+def sparse_kd_row(s, log_p, log_tail, tail, label, temperature, alpha, scale_t2=True):
+    """As :func:`kd_row`, of a teacher as :func:`sparse_forward_kl` takes it."""
+    answer = kd_row(s, s, label, temperature, alpha)
+    loss, gradient, kl = REAL(0), np.zeros(np.shape(s), REAL), REAL(0)
+    if alpha > 0:
+        loss, gradient = REAL(alpha) * answer.ce, REAL(alpha) * cross_entropy_gradient(s, label)
+    if alpha < 1:
+        t2 = REAL(temperature) ** 2 if scale_t2 else REAL(1)
+        value, slope = sparse_forward_kl(s, log_p, log_tail, tail, temperature)
+        kl = t2 * value
+        loss, gradient = loss + (1 - REAL(alpha)) * kl, gradient + (1 - REAL(alpha)) * t2 * slope
+    return Answer(loss, gradient, answer.ce, kl)
+
+
+def sparse_kd(student, teacher, labels, temperature, alpha, *, tail="bucket", scale_t2=True, scales):
+    """Scaled rows of the KD objective of a batch [B, V].
+
+    ``teacher``: for each row (log p by class, log of the tail's mass).
+    """
+    gradient = np.zeros(np.shape(student), REAL)
+    loss, ce, kl = np.zeros((3, len(student)), REAL)
+    for i in np.flatnonzero(scales):
+        label = None if labels is None else labels[i]
+        row = sparse_kd_row(student[i], *teacher[i], tail, label, temperature, alpha, scale_t2)
+        loss[i], ce[i], kl[i] = scales[i] * row.loss, scales[i] * row.ce, scales[i] * row.kl
+        gradient[i] = scales[i] * row.gradient
+    return Answer(loss, gradient, ce, kl)
+
+
 def row_scales(rows, labels=None, *, ignore_index=-100, weights=None, reduction="mean", denominator=None):
     """What each row's loss and gradient is multiplied by: weight / denominator, 0 for a masked row."""
     scales = np.ones(rows, REAL) if weights is None else real(weights).reshape(rows).copy()

@@ -15,7 +15,9 @@ from kdcore import (
     LogitStudent,
     NonFiniteError,
     ShapeError,
+    TopKRows,
     VocabularyMismatchError,
+    kd_loss_and_gradient,
     kd_step,
     kd_step_per_position,
 )
@@ -435,3 +437,48 @@ def test_a_teacher_and_a_function_are_needed(step):
         step(None, [[0]], [0], 1.0, 0.5, lambda row: np.zeros(4))
     with pytest.raises(DTypeError, match="compute_student_logits must be callable, got array"):
         step(FixtureTeacher(4), [[0]], [0], 1.0, 0.5, np.zeros(4))
+
+
+# --- teachers without every class ----------------------------------------------------------------------------------
+
+
+class Best(Recorder):
+    """The best three classes of each row at T = 2."""
+
+    def logits_for_batch(self, input_ids):
+        return TopKRows.from_logits(super().logits_for_batch(input_ids), 3, 2.0)
+
+    def logits_per_position(self, input_ids):
+        logits, mask = super().logits_per_position(input_ids)
+        return TopKRows.from_logits(np.nan_to_num(logits), 3, 2.0), mask
+
+
+@pytest.mark.parametrize("tail", ["bucket", "uniform"])
+def test_a_teacher_of_its_best_classes(tail):
+    student = np.random.default_rng(0).normal(size=(3, V))
+    rows = iter(student)
+    loss, gradients = kd_step(Best(), IDS, LABELS, 2.0, 0.3, lambda row: next(rows), tail=tail)
+    expected = kd_loss_and_gradient(student, Best().logits_for_batch(IDS), LABELS, 2.0, 0.3, tail=tail)
+    assert loss == pytest.approx(float(expected.loss), rel=1e-14)
+    np.testing.assert_allclose(gradients / 3, expected.gradient, atol=1e-15)
+
+
+def test_a_teacher_of_its_best_classes_per_position():
+    student = np.random.default_rng(0).normal(size=(3, V))
+    loss, gradients, mask = kd_step_per_position(
+        Best(), IDS, None, 2.0, 0.0, lambda row: student[: len(row)], tail="zero"
+    )
+    teacher, exists = Best().logits_per_position(IDS)
+    assert (mask == exists).all()
+    expected = kd_loss_and_gradient(
+        np.tile(student, (3, 1, 1)), teacher, None, 2.0, 0.0, tail="zero", weights=mask.astype(float)
+    )
+    assert loss == pytest.approx(float(expected.loss), rel=1e-14)
+    np.testing.assert_allclose(gradients / mask.sum(), expected.gradient, atol=1e-15)
+
+
+def test_rows_of_another_shape_and_policies_that_there_are_not():
+    with pytest.raises(ShapeError, match=r"the teacher must return rows of shape \(3,\), got \(2,\)"):
+        kd_step(Best(rows=2), IDS, LABELS, 2.0, 0.3, lambda row: np.zeros(V))
+    with pytest.raises(DomainError, match="tail must be one of"):
+        kd_step(Silent(), [], [], 2.0, 0.3, lambda row: np.zeros(V), tail="none")

@@ -56,6 +56,26 @@ def test_gradcheck_of_divergences(divergence):
     assert torch.autograd.gradcheck(lambda s: criterion(s, teacher, labels), (student,))
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "zero", "uniform"])
+def test_teachers_without_every_class(tail):
+    """Rows of tensors or of arrays, whose loss has the gradient that PyTorch finds."""
+    student, teacher, labels = tensors()
+    rows = kdcore.TopKRows.from_logits(teacher.numpy(), 3, 2.0)
+    criterion = KDLoss(2.0, 0.3, tail=tail)
+    of_tensors = rows.map(torch.from_numpy)
+    assert torch.autograd.gradcheck(lambda s: criterion(s, of_tensors, labels), (student,))
+    expected = kdcore.kd_loss(student.detach().numpy(), rows, labels.numpy(), 2.0, 0.3, tail=tail)
+    for given in (rows, of_tensors):
+        assert float(criterion(student, given, labels).detach()) == expected
+    samples = kdcore.SampledRows.from_logits(teacher.numpy(), 3, 2.0, seed=0).map(torch.from_numpy)
+    assert torch.autograd.gradcheck(lambda s: kd_loss(s, samples, labels, 2.0, 0.3), (student,))
+
+
+def test_a_policy_that_there_is_not():
+    with pytest.raises(kdcore.DomainError, match="tail must be one of"):
+        KDLoss(2.0, 0.3, tail="none")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_the_same_bits_as_kdcore(dtype):
     student, teacher, labels = tensors(dtype, (2, 5), 1031)

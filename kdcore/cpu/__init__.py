@@ -15,6 +15,7 @@ from kdcore.cpu.launch import (
     scale_rows,
     slice_gradient_rows,
     softmax_rows,
+    sparse_kd_rows,
     state_rows,
     weight_sum,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "scale_rows",
     "slice_gradient_rows",
     "softmax_rows",
+    "sparse_kd_rows",
     "state_rows",
     "weight_sum",
 ]

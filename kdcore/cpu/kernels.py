@@ -112,7 +112,7 @@ def _begin(i, classes, labels, weights, ignore_index, status):
 def _digest():
     """A hash of everything that the kernels are compiled from."""
     package = Path(__file__).parents[1]
-    files = [package / name for name in ("formulas.py", "rowstatus.py")]
+    files = [package / name for name in ("formulas.py", "objective.py", "rowstatus.py")]
     return blake2b(b"".join(path.read_bytes() for path in files + sorted(package.glob("cpu/*.py")))).hexdigest()
 
 

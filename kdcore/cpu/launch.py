@@ -12,7 +12,8 @@ from kdcore.cpu import kernels, states
 from kdcore.cpu.pool import in_one_thread, run_blocks
 from kdcore.cpu.primitives import raw_bits
 from kdcore.cpu.rows import BLOCK, COLUMNS, WORK_ROWS
-from kdcore.objective import needs_float64
+from kdcore.cpu.sparse import SINGLE_ROWS, sparse_kd_kernel
+from kdcore.objective import TAILS, needs_float64
 from kdcore.rowstatus import TOO_WIDE
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "scale_rows",
     "slice_gradient_rows",
     "softmax_rows",
+    "sparse_kd_rows",
     "state_rows",
     "weight_sum",
 ]
@@ -78,7 +80,7 @@ class _Rows:
 class _Scratch:
     """``work``, ``pads`` and ``states`` of the kernels, for rows of up to ``width`` classes."""
 
-    __slots__ = ("pads", "states", "width", "work")
+    __slots__ = ("_single", "pads", "states", "width", "work")
 
     def __init__(self, width, wide):
         dtype, lanes = (np.float64, 8) if wide else (np.float32, 16)
@@ -86,6 +88,18 @@ class _Scratch:
         self.states = np.empty((-(-width // BLOCK) + 2, COLUMNS))
         self.work = _aligned(WORK_ROWS, -(-width // lanes) * lanes + lanes, dtype, lanes)
         self.pads = np.empty((2, BLOCK), dtype)
+        self._single = None
+
+    @property
+    def single(self):
+        """Scratch of :mod:`kdcore.cpu.sparse`: bits, words, slots, single, of_single, starts."""
+        if self._single is None:
+            width, blocks = self.width, -(-self.width // BLOCK)
+            self._single = (
+                np.zeros(-(-width // 64), np.uint64), np.zeros(blocks, np.uint64), np.empty(width, np.int32),
+                np.empty(width, np.int64), np.empty((SINGLE_ROWS, width + 8)), np.empty(blocks + 3, np.int64),
+            )  # fmt: skip
+        return self._single
 
 
 def _aligned(rows, width, dtype, lanes):
@@ -255,6 +269,40 @@ def _kd_launch(
     arrays = [_Rows(student), _Rows(teacher)] + ([_Rows(gradient, writable=True)] if with_gradient else [])
     phases = kernels.FORWARD_KL_PHASES if divergence.term is None else kernels.KD_PHASES
     _launch((kernel, gradient.dtype), invoke, phases, arrays, student.shape, wide, threads)
+
+
+def sparse_kd_rows(
+    student, indices, log_probs, tail_logmass, n_valid, tail, labels, weights, denominator, objective, gradient, loss,
+    ce, kl, status, threads,
+):  # fmt: skip
+    """As :func:`kd_rows`, of a teacher that has some classes of each row; forward KL, and alpha below 1.
+
+    ``indices`` int32 and ``log_probs`` float64 [B, k], of which the first ``n_valid`` int32 [B] of a row count;
+    ``tail_logmass`` float64 [B], empty for samples. ``tail`` is the policy, one of :data:`kdcore.objective.TAILS`.
+    """
+    _, temperature, _, alpha, kd_scale, ignore_index = objective
+    classes = student.shape[1]
+    wide = needs_float64((student.dtype,), temperature)
+    with_gradient = gradient.shape[0] > 0
+    streaming = _to_memory(gradient)
+    teacher = tuple(_readable(array) for array in (indices, log_probs, tail_logmass, n_valid))
+    of_rows = *teacher, _readable(labels), _readable(weights), loss, ce, kl, status
+
+    def invoke(arrays, part, scratch, pads, phases, lo, hi, first, last):
+        s = arrays[0]
+        g, stride = (arrays[1].flat, arrays[1].stride) if with_gradient else (raw_bits(gradient.reshape(-1)), 0)
+        rows = of_rows
+        if part is not None:
+            rows = tuple(array[part] if array.size else array for array in rows)
+        sparse_kd_kernel(
+            s.flat, s.stride, classes, *rows[:4], TAILS.index(tail), rows[4], rows[5], ignore_index, denominator[0],
+            alpha, temperature, kd_scale, scratch.work, pads, scratch.states, *scratch.single, phases, lo, hi, first,
+            last, g, stride, with_gradient, streaming, *rows[6:],
+        )  # fmt: skip
+
+    arrays = [_Rows(student)] + ([_Rows(gradient, writable=True)] if with_gradient else [])
+    key = sparse_kd_kernel, gradient.dtype
+    _launch(key, invoke, kernels.FORWARD_KL_PHASES, arrays, student.shape, wide, threads)
 
 
 def _flat_rows(array, writable=False):

@@ -45,8 +45,10 @@ __all__ = [
     "stream",
     "sum_lanes",
     "to_real",
+    "trailing_zeros",
     "where",
     "widen",
+    "with_lane",
 ]
 
 #: Lanes of a vector, by what it holds: 64 bytes, one cache line.
@@ -266,6 +268,18 @@ def _reduction(combine):
 sum_lanes = _reduction(lambda builder, x, y: builder.fadd(x, y))
 #: The largest of lanes that are not NaN.
 max_lanes = _reduction(lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
+
+
+@intrinsic
+def with_lane(typingctx, x, lane, value):
+    """A vector with ``value`` in one lane, from 0 on."""
+    if not isinstance(x, Vector):
+        return None
+
+    def generate(context, builder, signature, args):
+        return builder.insert_element(args[0], context.cast(builder, args[2], value, x.element), args[1])
+
+    return x(x, types.intp, value), generate
 
 
 @intrinsic
@@ -552,6 +566,14 @@ def prefetch(typingctx, array, index):
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate
+
+
+@intrinsic
+def trailing_zeros(typingctx, bits):
+    """The number of the lowest bit of a uint64 that is set; 64 if none is."""
+    if bits != types.uint64:
+        return None
+    return types.int64(bits), lambda context, builder, signature, args: builder.cttz(args[0], _I1(0))
 
 
 @intrinsic

@@ -23,6 +23,7 @@ __all__ = [
     "scale_rows",
     "slice_gradient_rows",
     "softmax_rows",
+    "sparse_kd_rows",
     "state_rows",
     "weight_sum",
 ]

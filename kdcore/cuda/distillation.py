@@ -95,6 +95,8 @@ class Stages(NamedTuple):
     weigh: Any
     spend: Any
     spend_one: Any
+    exponential: Any
+    at_one: Any
 
 
 @cache
@@ -168,6 +170,11 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
             exp2(exponent(d[0], c)), exp2(exponent(d[1], c)), exp2(exponent(d[2], c)), exp2(exponent(d[3], c)),
             exp2(exponent(d[4], c)), exp2(exponent(d[5], c)), exp2(exponent(d[6], c)), exp2(exponent(d[7], c)),
         )  # fmt: skip
+
+    @device
+    def exponential(x, r, c):
+        """The exponential of a logit at T, relative to r."""
+        return exp2(exponent(shift(x, r, c), c))
 
     if power == 0:
 
@@ -413,4 +420,7 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
             spend_one(x[7], y[7], zero, references, rates, factors, softmaxes),
         )
 
-    return Stages(floors, sums_at, raise_maxima, add_octet, settle, unit, references, offsets, weigh, spend, spend_one)
+    return Stages(
+        floors, sums_at, raise_maxima, add_octet, settle, unit, references, offsets, weigh, spend, spend_one,
+        exponential, at_one,
+    )  # fmt: skip

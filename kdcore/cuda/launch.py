@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from kdcore.cuda import kernels, states
+from kdcore.cuda import kernels, sparse, states
 from kdcore.cuda.distillation import parts_of, rates_of
 from kdcore.cuda.groups import BLANK, PUBLISHED, group_kernel, resident_blocks, share_of
 from kdcore.cuda.memory import full
@@ -14,7 +14,7 @@ from kdcore.cuda.plans import plan_of, require_bfloat16, shared_memory, threads_
 from kdcore.cuda.primitives import SIMULATOR, tag_of
 from kdcore.cuda.streams import as_queue, launch, on_device_of
 from kdcore.errors import MissingDependencyError
-from kdcore.objective import needs_float64
+from kdcore.objective import TAILS, UNIFORM, needs_float64
 
 __all__ = [
     "fill",
@@ -28,6 +28,7 @@ __all__ = [
     "scale_rows",
     "slice_gradient_rows",
     "softmax_rows",
+    "sparse_kd_rows",
     "state_rows",
     "weight_sum",
 ]
@@ -145,6 +146,30 @@ def _launch_kd(rows, size, itemsizes, parts, term, slope, wide, arguments, strea
         launch(kernel, rows * plan.blocks, plan.threads, stream, *arguments)
     else:
         launch(kernels.kd_kernel(parts, term, slope, wide), rows, plan.threads, stream, *arguments)
+
+
+def sparse_kd_rows(
+    student, indices, log_probs, tail_logmass, n_valid, tail, labels, weights, denominator, objective, gradient, loss,
+    ce, kl, status, stream,
+):  # fmt: skip
+    """As :func:`kd_rows`, of a teacher that has some classes of each row; forward KL, and alpha below 1.
+
+    ``indices`` and ``log_probs`` [B, k], of which the first ``n_valid`` [B] of a row count; ``tail_logmass`` [B], empty
+    for samples. ``tail`` is the policy, one of :data:`kdcore.objective.TAILS`.
+    """
+    rows, size = student.shape
+    _check_dtypes(student.dtype, log_probs.dtype, tail_logmass.dtype, gradient.dtype)
+    temperature, policy = objective.temperature, TAILS.index(tail)
+    parts = parts_of(objective.alpha, temperature)
+    wide = needs_float64((student.dtype,), temperature)
+    arguments = (
+        _matrix(student), _matrix(indices), _matrix(log_probs), _vector(tail_logmass), _vector(n_valid),
+        indices.shape[1], policy, _vector(labels), _vector(weights), int(objective.ignore_index), denominator.address,
+        float(objective.alpha), float(temperature), float(objective.kd_scale), rates_of(temperature, temperature, wide),
+        size, _like(wide), _matrix(gradient), (loss.address, ce.address, kl.address), _start(status),
+    )  # fmt: skip
+    kernel = sparse.sparse_kd_kernel(parts.hard, parts.power, policy == UNIFORM, wide)
+    launch(kernel, rows, threads_of(size, kernels.most_threads(wide)), stream, *arguments)
 
 
 def state_rows(student, teacher, labels, start, ignore_index, temperature, teacher_temperature, state, status, stream):

@@ -27,6 +27,10 @@ The slope of total variation jumps by 1 where p = q. Classes in which p and q ag
 either side: for tvd, with n as q in those classes and 0 elsewhere, :func:`kd_bounds` adds ``|n| + |q| sum of n`` to
 G S.
 
+Of a teacher that does not have every class (:class:`kdcore.TopKRows`), S is M |q| + |a|, with M the sum of p over the
+outcomes of the policy for its tail, and a what M q is compared with: p of a stored class, and in the tail p_tail q /
+q_tail for "bucket", p_tail / n for "uniform", 0 for the others. See :func:`sparse_kd_bounds`.
+
 float16 and bfloat16 logits have float32's bounds. A gradient that is written in a type with fewer digits than it was
 computed in may in addition be off by half an ulp of that type, element by element: :func:`gradient_error` takes this
 off before it forms the norm.
@@ -49,6 +53,7 @@ __all__ = [
     "half_ulp",
     "kd_bounds",
     "loss_bound",
+    "sparse_kd_bounds",
     "subtracted",
     "within",
     "working_dtype",
@@ -175,6 +180,53 @@ def kd_bounds(
             jump = _wide(scale) * size * (_norm(of_near) + _norm(q) * of_near.sum(axis=-1))
     kinds = {"temperature": temperature, "alpha": alpha, "scale_t2": scale_t2, "scale": scale}
     return KDBounds(loss_bound(dtype, loss, **kinds), gradient_bound(dtype, p, q, h, q_slope=q_slope, **kinds) + jump)
+
+
+def sparse_kd_bounds(
+    student_logits: Any,
+    rows: Any,
+    loss: Any,
+    *,
+    temperature: float,
+    alpha: float,
+    tail: str = "bucket",
+    scale_t2: bool = True,
+    scale: Any = 1.0,
+) -> KDBounds:
+    """As :func:`kd_bounds`, of student logits [B, V] and B ``rows``, :class:`kdcore.TopKRows` or SampledRows."""
+    student = np.asarray(student_logits)
+    h = np.exp(_log_softmax(student, 1.0))
+    kinds = {"temperature": temperature, "alpha": alpha, "scale_t2": scale_t2, "scale": scale}
+    of_loss = loss_bound(student.dtype, loss, **kinds)
+    if alpha == 1:
+        return KDBounds(of_loss, gradient_bound(student.dtype, None, None, h, **kinds))
+    q = np.exp(_log_softmax(student, temperature))
+    compared, mass = _compared(rows, q, tail)
+    return KDBounds(of_loss, gradient_bound(student.dtype, compared, mass[:, None] * q, h, **kinds))
+
+
+def _compared(rows: Any, q: Any, tail: str) -> tuple[Any, Any]:
+    """a [B, V] and M [B]."""
+    sampled = not hasattr(rows, "log_probs")
+    log_p = _wide(rows.log_weights if sampled else rows.log_probs)
+    compared, mass = np.zeros(q.shape), np.zeros(len(q))
+    for i, row in enumerate(compared):
+        stored = np.asarray(rows.indices)[i, : int(rows.n_valid[i])]
+        p = np.exp(log_p[i, : stored.size])
+        rest = np.ones(row.size, bool)
+        rest[stored] = False
+        of_tail = 0.0
+        if tail == "renormalize" and not sampled:
+            p = np.exp(log_p[i, : stored.size] - np.logaddexp.reduce(log_p[i, : stored.size]))
+        elif tail != "zero" and not sampled:
+            of_tail = float(np.exp(_wide(rows.tail_logmass[i])))
+        row[stored] = p
+        if of_tail > 0:
+            of_q = q[i, rest].sum()
+            by_share = tail == "bucket" and of_q > 0
+            row[rest] = of_tail * q[i, rest] / of_q if by_share else of_tail / rest.sum()
+        mass[i] = p.sum() + of_tail
+    return compared, mass
 
 
 #: The parameter that a divergence has by its name alone; None: it has none.

@@ -26,6 +26,7 @@ __all__ = [
     "most_threads",
     "rates",
     "row_signature",
+    "sparse_signature",
     "vector",
 ]
 
@@ -71,6 +72,17 @@ def group_signature(student, teacher, gradient, labels=nb.int64, weights=nb.floa
 def row_signature(stored, out, wide=False):
     """Of ``kernels.row_kernel``, for names of dtypes."""
     return matrix(STORED[stored]), nb.float64, nb.int64, _LIKE[wide], matrix(STORED[out]), nb.int64, nb.int64
+
+
+def sparse_signature(
+    student, gradient, wide=False, indices=nb.int32, log_probs=nb.float32, labels=nb.int64, weights=nb.float64
+):
+    """Of ``sparse.sparse_kd_kernel``; the first two are names of dtypes."""
+    return (
+        matrix(STORED[student]), matrix(indices), matrix(log_probs), vector(log_probs), vector(indices), nb.int64,
+        nb.int64, vector(labels), vector(weights), nb.int64, nb.int64, nb.float64, nb.float64, nb.float64,
+        rates(_LIKE[wide]), nb.int64, _LIKE[wide], matrix(STORED[gradient]), nb.UniTuple(nb.int64, 3), nb.int64,
+    )  # fmt: skip
 
 
 def label_of(capability):

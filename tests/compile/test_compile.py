@@ -24,6 +24,7 @@ from building import (
     most_threads,
     rates,
     row_signature,
+    sparse_signature,
     vector,
 )
 from numba import cuda, typeof
@@ -31,12 +32,12 @@ from numba.core import types as nb
 from sass import functions_of, width_of
 
 from kdcore import divergences
-from kdcore.cuda import groups, kernels, launch, plans, rows, states
+from kdcore.cuda import groups, kernels, launch, plans, rows, sparse, states
 from kdcore.cuda.distillation import Parts, parts_of
 from kdcore.cuda.libraries import Description
 from kdcore.cuda.memory import DeviceArray
 from kdcore.divergences import Divergence, as_divergence, exp, log, where
-from kdcore.objective import Objective
+from kdcore.objective import TAILS, Objective
 
 SCRATCH = rows.SCRATCH  # a shape must be a constant, which an attribute of a module is not
 CAPABILITIES = [(8, 0), (9, 0)]
@@ -175,6 +176,29 @@ def test_a_bad_row_is_read_as_it_is_stored(pair):
     assert widths == {8 * np.dtype(np.uint16 if stored == "bfloat16" else stored).itemsize for stored in pair}
 
 
+#: What is stored of a teacher: types of classes, and of their log-probabilities.
+SPARSE = [(nb.int32, nb.float32), (nb.int64, nb.float64), (nb.uint16, nb.float16), (nb.uint32, nb.uint16)]
+
+
+@pytest.mark.parametrize(
+    ("student", "gradient", "wide", "parts", "linear", "capability"),
+    in_turn(
+        (*of, turn([parts for parts in PARTS if PARTS[parts].soft], n), n % 3 == 0)
+        for n, of in enumerate(
+            [(stored, stored, stored == "float64") for stored in STORED]
+            + [("float32", "bfloat16", False), ("bfloat16", "float64", False), ("float32", "float32", True)]
+        )
+    ),
+)
+def test_sparse_teachers(student, gradient, wide, parts, linear, capability):
+    """For each part of an objective, and for the policy that needs the tail's logits: without spilled registers."""
+    n = list(STORED).index(student)
+    signature = sparse_signature(student, gradient, wide, *SPARSE[n], turn(LABELS, n), turn(WEIGHTS, n // 2))
+    kernel = sparse.sparse_kd_kernel(PARTS[parts].hard, PARTS[parts].power, linear, wide)
+    built = build(kernel, signature, capability)
+    assert (built.stack, built.spilled) == (0, 0)
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
 def test_sums(capability):
     address = nb.int64
@@ -222,6 +246,7 @@ def test_no_kernel_is_left_out():
     tested = {"BIAS_KERNELS", "fill_kernel", "kd_kernel", "matmul_kernel", "reduce_kernel", "row_kernel"}
     assert {name for name in kernels.__all__ if "kernel" in name.lower()} == tested | {"weight_sum_kernel"}
     assert {name for name in groups.__all__ if "kernel" in name.lower()} == {"group_kernel"}
+    assert sparse.__all__ == ["sparse_kd_kernel"]
     of_states = {"finish_kernel", "gradient_kernel", "merge_kernel", "scale_kernel", "state_kernel"}
     assert {name for name in states.__all__ if "kernel" in name.lower()} == of_states
 
@@ -330,6 +355,26 @@ def test_groups_are_launched_as_they_are_built(launched, parts, size):
     assert kernel is groups.group_kernel(PARTS[parts], threads, RESIDENT[9, 0])
     teacher = "bfloat16" if parts != "hard" else "float16"
     assert arguments == group_signature("float16", teacher, "float16", nb.int32, nb.float32)
+    assert 0 < threads <= most_threads(kernel)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("parts", [parts for parts in PARTS if PARTS[parts].soft])
+@pytest.mark.parametrize("student", STORED)
+def test_sparse_teachers_are_launched_as_they_are_built(launched, student, parts, tail):
+    alpha, temperature = OBJECTIVES[parts]
+    of_rows = [device_array("float64", 2)] * 3
+    launch.sparse_kd_rows(
+        device_array(student, 2, 30000), device_array("int32", 2, 64), device_array("float16", 2, 64),
+        device_array("float16", 0 if tail == "zero" else 2), device_array("int32", 2), tail, device_array("int32", 2),
+        device_array("float32", 0), device_array("float64", 1),
+        Objective(divergences.forward_kl(), temperature, temperature, alpha, 4.0, -1), device_array(student, 2, 30000),
+        *of_rows, device_array("int64", 2, 2), None,
+    )  # fmt: skip
+    kernel, threads, arguments = launched.pop()
+    wide = student == "float64"
+    assert kernel is sparse.sparse_kd_kernel(PARTS[parts].hard, PARTS[parts].power, tail == "uniform", wide)
+    assert arguments == sparse_signature(student, student, wide, nb.int32, nb.float16, nb.int32, nb.float32)
     assert 0 < threads <= most_threads(kernel)
 
 

@@ -134,6 +134,22 @@ LAUNCHES = {
     "row": lambda: kd("float16", "bfloat16", 1000, "int8", "float32"),
     "row, float64": lambda: kd("float64", "float32", 1000, "uint16", divergence="jsd"),
     "group": lambda: kd("bfloat16", "float16", 256_000, "uint64"),
+    "sparse": lambda: launch.sparse_kd_rows(
+        device_array("bfloat16", 2, 1000),
+        device_array("uint16", 2, 8),
+        device_array("float16", 2, 8),
+        device_array("float32", 2),
+        device_array("int8", 2),
+        "bucket",
+        device_array("int64", 2),
+        device_array("float32", 2),
+        device_array("float64", 1),
+        Objective(as_divergence("forward_kl"), 2.5, 2.5, 0.3, 6.25, SMALL),
+        device_array("float32", 2, 1000),
+        *[device_array("float64", 2)] * 3,
+        device_array("int64", 0, 2),
+        None,
+    ),
     "softmax": lambda: launch.softmax_rows(
         device_array("float32", 2, 9), 2.0, device_array("float64", 2, 9), device_array("int64", 2, 2), None
     ),
