@@ -96,10 +96,11 @@ primitives.__getattr__ = lambda name: njit(lambda: None)  # what moves data, whi
 sys.modules["kdcore.cuda.primitives"] = primitives
 
 from kdcore.cuda.distillation import parts_of, questions, rates_of, stages  # noqa: E402
+from kdcore.cuda.rows import exp2_small  # noqa: E402
 
 
 def kernel(parts, careful):
-    floors, sums_at, raise_maxima, add_octet, settle, unit, references_of, offsets_of, _, spend, spend_one = stages(
+    floors, sums_at, raise_maxima, add_octet, settle, unit, references_of, offsets_of, _, spend, spend_one, *_ = stages(
         parts, careful
     )
     no_good = questions(parts).no_good
@@ -128,7 +129,7 @@ def kernel(parts, careful):
         w *= unit(rates[4])
         soft = (1.0 - alpha) * temperature
         x_s, x_h, x_t = offsets_of(maxima, rates)
-        of_s, of_h, of_t = small(x_s), small(x_h), small(x_t)
+        of_s, of_h, of_t = exp2_small(x_s), exp2_small(x_h), exp2_small(x_t)
         factors = np.float32(alpha / z_h * of_h), np.float32(soft / z_s * of_s), np.float32(soft / z_t * of_t)
         softmaxes = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         references = references_of(maxima, rates)

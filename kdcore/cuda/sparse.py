@@ -34,6 +34,7 @@ from kdcore.cuda.rows import (
     block_maxima,
     block_sums,
     block_total,
+    exp2_small,
     fill_row,
     is_usable,
     octet_of,
@@ -495,7 +496,8 @@ def sparse_kd_kernel(hard, power, linear, wide):
         if first:
             z = told[TOP]
             scale = weight / load_stored(denominator, np.float64(0))
-            of_s, of_h, _ = offsets_of(maxima, rates)
+            x_s, x_h, _ = offsets_of(maxima, rates)
+            of_s, of_h = exp2_small(x_s), exp2_small(x_h)
             at_top, at_tail = _exponential(others_top, top, c), _exponential(others_top, tail_top, c)
             if z_others != 0.0:
                 z_tail = at_tail * z_others
