@@ -1,0 +1,303 @@
+"""Kernels of stored rows: ids in few bits, log-probabilities at another temperature, and what a row must hold.
+
+Letters: B rows of k entries, in order of decreasing value. Values are in storage form (see :mod:`kdcore.cpu.primitives`).
+"""
+
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from kdcore.cpu.kernels import _SOURCES
+from kdcore.cpu.primitives import exp2, exprel, inner, log, raw_bits
+from kdcore.cpu.rows import lanes_of
+from kdcore.cpu.simd import borrowed, full, load, load_part, store, store_part, sum_lanes, to_real, where
+
+__all__ = [
+    "BAD_COUNT",
+    "BAD_ID",
+    "BAD_ORDER",
+    "BAD_PADDING",
+    "BAD_SUM",
+    "BAD_TAIL",
+    "BAD_TAIL_AT",
+    "BAD_VALUE",
+    "NO_VALUE",
+    "REPEATED_ID",
+    "check_dense_rows",
+    "check_rows",
+    "decode_rows",
+    "pack_ids",
+    "packed_width",
+    "unpack_ids",
+]
+
+#: What :func:`check_rows` finds, beside where and two numbers.
+(
+    OK,
+    BAD_COUNT,
+    BAD_VALUE,
+    NO_VALUE,
+    BAD_ORDER,
+    BAD_ID,
+    REPEATED_ID,
+    BAD_PADDING,
+    BAD_TAIL,
+    BAD_SUM,
+    BAD_TAIL_AT,
+) = range(11)
+
+#: A rounded log-probability may exceed 0 by so much.
+_ABOVE_ZERO = 1e-3
+_LOG2_E = np.float32(math.log2(math.e))
+#: By so much the bounds of a tail's log-mass may be missed: what rounding of the head's values to 8 bits can move.
+_TAIL_SLACK = 2e-2
+
+
+def packed_width(k, bits):
+    """Bytes of k ids of so many bits each."""
+    return (k * bits + 7) // 8
+
+
+@intrinsic
+def _word(typingctx, array, index):
+    """Eight bytes of a byte array from ``index`` on, as a little-endian integer."""
+
+    def generate(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        address = builder.gep(data, [args[1]], inbounds=False)
+        return builder.load(builder.bitcast(address, ir.IntType(64).as_pointer()), align=1)
+
+    return types.uint64(array, types.intp), generate
+
+
+@inner
+def _power_sum(x, top, rate):
+    """The sum of exp2((x - top) rate) over the values of a row, in float32; ``top`` is the first and largest."""
+    lanes = lanes_of(rate)
+    whole = x.size // lanes * lanes
+    z = full(0.0, rate)
+    for v in range(0, whole, lanes):
+        z += exp2(load(x, v, rate) - top, rate)
+    if whole < x.size:
+        z += exp2(load_part(x, whole, x.size - whole, -math.inf, rate) - top, rate)
+    return sum_lanes(z)
+
+
+def _kernels(sources):
+    """The kernels; the digest of all ``sources`` is in their closure, see :mod:`kdcore.cpu.kernels`."""
+
+    @njit(nogil=True, cache=True)
+    def pack_kernel(ids, bits, packed):
+        """ids [B, k], each of so many bits, into packed [B, bytes], the lowest bit first."""
+        _ = sources
+        for i in range(ids.shape[0]):
+            row, window, held, at = packed[i], np.uint64(0), 0, 0
+            for j in range(ids.shape[1]):
+                window |= np.uint64(ids[i, j]) << np.uint64(held)
+                held += bits
+                while held >= 8:
+                    row[at] = window & np.uint64(255)
+                    window >>= np.uint64(8)
+                    held -= 8
+                    at += 1
+            if held:
+                row[at] = window & np.uint64(255)
+
+    @njit(nogil=True, cache=True)
+    def unpack_kernel(packed, width, bits, ids):
+        """The inverse, of the flat bytes of rows of ``width`` bytes each."""
+        _ = sources
+        packed, ids = borrowed(packed), borrowed(ids)
+        mask = (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
+        for i in range(ids.shape[0]):
+            start, row = i * width, ids[i]
+            # A word may reach beyond the row, and must not beyond the array.
+            safe = min(row.size, max(0, (packed.size - start - 8) * 8 // bits + 1))
+            for j in range(safe):
+                bit = j * bits
+                row[j] = (_word(packed, start + (bit >> 3)) >> np.uint64(bit & 7)) & mask
+            for j in range(safe, row.size):
+                bit, window = j * bits, np.uint64(0)
+                for b in range((bit + bits + 7) // 8 - bit // 8):
+                    window |= np.uint64(packed[start + bit // 8 + b]) << np.uint64(8 * b)
+                row[j] = (window >> np.uint64(bit & 7)) & mask
+
+    @njit(nogil=True, cache=True)
+    def decode_kernel(values, tail, inverse, sums, out):
+        """out [B, k] = log p at a temperature, from log p at 1 and the tail's log-mass at that temperature.
+
+        log p_T = log p / T - log Σ_head p^(1/T) + log(1 - tail mass): the head gets what the tail leaves, whatever the
+        rounding of the values. ``sums`` is scratch.
+        """
+        _ = sources
+        values, tail, sums, out = borrowed(values), borrowed(tail), borrowed(sums), borrowed(out)
+        rows, k = out.shape
+        like = np.float32(0)
+        lanes, inverse = lanes_of(like), np.float32(inverse)
+        rate = _LOG2_E * inverse
+        whole = k // lanes * lanes
+        for i in range(rows):
+            x = values[i * k : (i + 1) * k]
+            sums[i] = _power_sum(x, np.float32(to_real(x[0])), rate)
+        for i in range(0, rows, lanes):
+            count = min(lanes, rows - i)
+            share = load_part(tail, i, count, -math.inf, like)
+            # 1 - e^x without cancellation.
+            small = where(share > np.float32(-0.5), share, np.float32(-0.5))
+            kept = where(share > np.float32(-0.5), -small * exprel(small), np.float32(1) - exp2(share, _LOG2_E))
+            store_part(sums, i, count, log(load_part(sums, i, count, 1.0, like)) - log(kept))
+        for i in range(rows):
+            x, y = values[i * k : (i + 1) * k], out[i]
+            shift = np.float32(to_real(x[0])) * inverse + sums[i]
+            for v in range(0, whole, lanes):
+                store(y, v, load(x, v, like) * inverse - shift)
+            if whole < k:
+                store_part(y, whole, k - whole, load_part(x, whole, k - whole, -math.inf, like) * inverse - shift)
+
+    @njit(nogil=True, cache=True)
+    def check_kernel(values, ids, n_valid, tail, temperatures, vocab_size, tolerance, seen):
+        """(code, row, entry, number, other) of the first row that is not as it must be; code 0: all are.
+
+        tail [B, t] at the temperatures, of which the first is 1; of samples, which have no tail, [B, 0]. ``seen`` is
+        scratch of a power of two beyond 2 k.
+        """
+        _ = sources
+        values, ids, n_valid = borrowed(values), borrowed(ids), borrowed(n_valid)
+        tail, seen = borrowed(tail), borrowed(seen)
+        rows, k = ids.shape
+        mask = seen.size - 1
+        seen[:] = -1
+        for i in range(rows):
+            x, count = values[i * k : (i + 1) * k], np.int64(n_valid[i])
+            if not 1 <= count <= k:
+                return BAD_COUNT, i, 0, float(count), float(k)
+            above = math.inf
+            for j in range(count):
+                value = np.float64(to_real(x[j]))
+                if value == -math.inf:
+                    return NO_VALUE, i, j, value, float(count)
+                if not value <= _ABOVE_ZERO:
+                    return BAD_VALUE, i, j, value, 0.0
+                if value > above:
+                    return BAD_ORDER, i, j, value, above
+                above = value
+                id_ = np.int64(ids[i, j])
+                if not 0 <= id_ < vocab_size:
+                    return BAD_ID, i, j, float(id_), float(vocab_size)
+                # A table of what the row has had: the row's number tells its entries from older ones.
+                key, place = (np.int64(i) << 32) | id_, (id_ * 0x9E3779B1) & mask
+                while seen[place] >> 32 == i and seen[place] != -1:
+                    if seen[place] == key:
+                        return REPEATED_ID, i, j, float(id_), 0.0
+                    place = (place + 1) & mask
+                seen[place] = key
+            for j in range(count, k):
+                value = np.float64(to_real(x[j]))
+                if value != -math.inf or ids[i, j] != 0:
+                    return BAD_PADDING, i, j, value, float(ids[i, j])
+            top = np.float32(to_real(x[0]))
+            total = math.exp(top) * _power_sum(x, top, _LOG2_E)
+            if tail.shape[1] == 0:
+                if abs(total - 1.0) > tolerance:
+                    return BAD_SUM, i, 0, total, 0.0
+                continue
+            for t in range(tail.shape[1]):
+                share = np.float64(tail[i, t])
+                if not share < 0.0:
+                    return BAD_TAIL, i, t, share, 0.0
+            mass, others = np.float64(tail[i, 0]), vocab_size - count
+            if abs(total + math.exp(mass) - 1.0) > tolerance:
+                return BAD_SUM, i, 0, total, math.exp(mass)
+            for t in range(1, tail.shape[1]):
+                share, beta = np.float64(tail[i, t]), 1.0 / temperatures[t]
+                if (share == -math.inf) != (mass == -math.inf) or (mass > -math.inf and others == 0):
+                    return BAD_TAIL_AT, i, t, share, mass
+                if mass == -math.inf:
+                    continue
+                # log Σ_tail p^(1/T), against what the mass at 1, the number of classes and the largest allow: none is
+                # likelier than the head's last, and evenly spread they give the most, for T > 1 (the least below).
+                head = top * beta + math.log(_power_sum(x, top, _LOG2_E * np.float32(beta)))
+                found = head + share - math.log(-math.expm1(share))
+                even = (1.0 - beta) * math.log(np.float64(others)) + beta * mass
+                peaked = mass + (beta - 1.0) * above
+                low, high = (peaked, even) if beta < 1.0 else (even, peaked)
+                slack = _TAIL_SLACK + abs(beta) * _TAIL_SLACK
+                if not low - slack <= found <= high + slack:
+                    return BAD_TAIL_AT, i, t, share, (low if found < low else high)
+        return OK, 0, 0, 0.0, 0.0
+
+    @njit(nogil=True, cache=True)
+    def check_dense_kernel(values, classes, tolerance):
+        """As :func:`check_kernel`, of log-probabilities of all classes; no tolerance: of numbers that must be finite."""
+        _ = sources
+        values = borrowed(values)
+        for i in range(values.size // classes):
+            total = 0.0
+            for v in range(classes):
+                value = np.float64(to_real(values[i * classes + v]))
+                if tolerance == 0.0:
+                    if not -math.inf < value < math.inf:
+                        return BAD_VALUE, i, v, value, 0.0
+                elif not value <= _ABOVE_ZERO:
+                    return BAD_VALUE, i, v, value, 0.0
+                else:
+                    total += math.exp(value)
+            if tolerance > 0.0 and abs(total - 1.0) > tolerance:
+                return BAD_SUM, i, 0, total, 0.0
+        return OK, 0, 0, 0.0, 0.0
+
+    return pack_kernel, unpack_kernel, decode_kernel, check_kernel, check_dense_kernel
+
+
+pack_kernel, unpack_kernel, decode_kernel, check_kernel, check_dense_kernel = _kernels(_SOURCES)
+
+
+def _readable(array):
+    view = array.view()
+    view.setflags(write=False)
+    return view
+
+
+def pack_ids(ids, bits):
+    """Rows of ids, int32 [B, k], as uint8 [B, bytes]: ``bits`` of each, the lowest first."""
+    packed = np.empty((ids.shape[0], packed_width(ids.shape[1], bits)), np.uint8)
+    pack_kernel(ids, bits, packed)
+    return packed
+
+
+def unpack_ids(packed, k, bits):
+    """What :func:`pack_ids` has packed."""
+    ids = np.empty((packed.shape[0], k), np.int32)
+    unpack_kernel(_readable(packed.reshape(-1)), packed.shape[1], bits, ids)
+    return ids
+
+
+def decode_rows(values, tail, temperature):
+    """Stored log-probabilities [B, k] at T = 1 as float32 at ``temperature``; ``tail`` float32 [B], at ``temperature``.
+
+    Without a tail, that is where it is -inf, the rows sum to 1.
+    """
+    rows, k = values.shape
+    out = np.empty((rows, k), np.float32)
+    if rows:
+        flat = _readable(raw_bits(values.reshape(-1)))
+        decode_kernel(flat, _readable(tail), 1.0 / temperature, np.empty(rows, np.float32), out)
+    return out
+
+
+def check_rows(values, ids, n_valid, tail, temperatures, vocab_size, tolerance):
+    """The first finding of :func:`check_kernel`."""
+    rows, k = ids.shape
+    seen = np.empty(1 << (2 * k).bit_length(), np.int64)
+    flat = _readable(raw_bits(values.reshape(-1)))
+    return check_kernel(
+        flat, _readable(ids), _readable(n_valid), _readable(tail), temperatures, vocab_size, tolerance, seen
+    )
+
+
+def check_dense_rows(values, tolerance):
+    """The first finding of :func:`check_dense_kernel`, of contiguous values [B, V]."""
+    return check_dense_kernel(_readable(raw_bits(values.reshape(-1))), values.shape[1], tolerance)
