@@ -133,6 +133,9 @@ class SafeFile:
         The file.
     max_bytes : int
         The most that one array may declare; 4 TiB by default.
+    locking : bool
+        Whether HDF5 locks the file, so that it is an error while another process writes it. Without: for files whose
+        writer never takes back what it has written, and file systems that have no locks.
 
     Raises
     ------
@@ -144,9 +147,12 @@ class SafeFile:
         Everything else that is not as expected.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, locking: bool = True
+    ) -> None:
         self.path = file_path(path, "path").absolute()
         self.max_bytes = max_bytes
+        self._locking = {} if locking else {"locking": False}
         self._open()
 
     def _open(self) -> None:
@@ -157,7 +163,7 @@ class SafeFile:
             raise UnsafeFileError(f"{self.path} is not a regular file")
         with _damage_named(str(self.path)):
             # A chunk that does not fit the cache is decompressed again for each of its rows.
-            self._file = h5py.File(self.path, "r", rdcc_nbytes=MAX_CHUNK_BYTES)
+            self._file = h5py.File(self.path, "r", rdcc_nbytes=MAX_CHUNK_BYTES, **self._locking)
         self._pid = os.getpid()
         status = os.fstat(self.descriptor)
         self.size = status.st_size
@@ -340,6 +346,24 @@ class SafeFile:
             attribute.read(number)
             return kind(number.item())
 
+    def vector_attribute(self, owner: str, name: str, most: int) -> tuple[float, ...] | None:
+        """The attribute ``name`` of ``owner``, a vector of at most so many float64, or None where there is none."""
+        where = f"{self.path}: attribute {name!r} of {owner!r}"
+        with self._reading(where):
+            holder = self._file["/"] if owner == "/" else self._object(owner)
+            if not h5py.h5a.exists(holder.id, name.encode()):
+                return None
+            attribute = h5py.h5a.open(holder.id, name.encode())
+            stored = attribute.get_type()
+            if stored.committed() or _matching(stored, ("<f8",)) is None:
+                raise FileFormatError(f"{where} has the type {_type_words(stored)}; expected float64")
+            shape = attribute.shape
+            if shape is None or len(shape) != 1 or shape[0] > most:
+                raise FileFormatError(f"{where} has the shape {shape}; expected a vector of at most {most} numbers")
+            numbers = np.empty(shape, "<f8")
+            attribute.read(numbers)
+            return tuple(numbers.tolist())
+
 
 class StoredArray:
     """An array of a :class:`SafeFile`: ``shape``, ``dtype``, and reads whose failures are typed.
@@ -354,6 +378,8 @@ class StoredArray:
         self.name = name
         self.shape = shape
         self.dtype = dtype
+        #: Where a contiguous array begins in the file; None for others, and for those without elements.
+        self.offset = offset
         self.mapped: NDArray[Any] | None = None
         if math.prod(shape) == 0:
             self.mapped = np.empty(shape, dtype)
@@ -370,6 +396,14 @@ class StoredArray:
         with self.file._reading(f"{self.file.path}: {self.name!r}") as file:
             array: NDArray[Any] = file[self.name][()]
             return array
+
+    def run(self, start: int, stop: int) -> NDArray[Any]:
+        """The rows from ``start`` up to ``stop``: a view, or of chunked data a copy."""
+        if self.mapped is not None:
+            return self.mapped[start:stop]
+        with self.file._reading(f"{self.file.path}: {self.name!r}") as file:
+            rows: NDArray[Any] = file[self.name][start:stop]
+            return rows
 
     def rows(self, numbers: NDArray[np.int64]) -> NDArray[Any]:
         """A copy of the rows ``numbers``. Ascending numbers decompress each chunk once.
@@ -439,6 +473,79 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
         _fsync(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+Attributes = Mapping[str, str | int | float | tuple[float, ...]]
+
+
+def _set_attributes(owner: Any, attributes: Attributes) -> None:
+    for name, value in attributes.items():
+        if isinstance(value, str):
+            _set_text(owner, name, value)
+        else:
+            owner.attrs.create(name, value, dtype="<i8" if isinstance(value, int) else "<f8")
+
+
+def create_preallocated(
+    path: Path, arrays: Mapping[str, tuple[str, tuple[int, ...]]], attributes: Attributes
+) -> dict[str, int]:
+    """A new file of contiguous arrays, by name (dtype, shape), none of them empty; where each begins in the file.
+
+    Nothing is written to the arrays, and HDF5 need not be asked again to do so: who knows where they begin writes to the
+    file itself. Format 1.8 has checksums on the metadata, and no mark of a writer that was killed. The file must not
+    exist; its bytes are reserved by nobody yet.
+    """
+    with h5py.File(_create(path)) as file:
+        _set_attributes(file, attributes)
+        offsets = {}
+        for name, (dtype, shape) in arrays.items():
+            _make_groups(file, name)
+            layout = _timeless(h5py.h5p.DATASET_CREATE)
+            layout.set_layout(h5py.h5d.CONTIGUOUS)
+            layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            made = h5py.h5d.create(
+                file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(shape), layout
+            )
+            offsets[name] = int(made.get_offset())
+    return offsets
+
+
+def set_integer(path: Path, name: str, value: int) -> None:
+    """Overwrite an integer attribute of a file in its place, without HDF5's lock: the caller has one of its own."""
+    with h5py.File(path, "r+", locking=False) as file:
+        file.attrs.modify(name, np.int64(value))
+
+
+def write_compressed(
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, tuple[str, tuple[int, ...], Iterable[NDArray[Any]]]],
+    attributes: Attributes,
+    chunk_rows: int,
+) -> None:
+    """A new file of compressed arrays, by name (dtype, shape, blocks of rows in order), in chunks of so many rows.
+
+    Byte-shuffled, deflated and checked by fletcher32, which every HDF5 library reads.
+    """
+    with _replacing(path) as file:
+        _set_attributes(file, attributes)
+        for name, (dtype, shape, blocks) in arrays.items():
+            _make_groups(file, name)
+            layout: dict[str, Any] = {}
+            if math.prod(shape):
+                rows = max(1, min(chunk_rows, shape[0], (1 << 20) // (math.prod(shape[1:]) * np.dtype(dtype).itemsize)))
+                layout = {
+                    "chunks": (rows, *shape[1:]),
+                    "compression": "gzip",
+                    "compression_opts": 1,
+                    "shuffle": True,
+                    "fletcher32": True,
+                }
+            made = file.create_dataset(name, shape, dtype, **layout)
+            done = 0
+            for block in blocks:
+                made[done : done + len(block)] = block
+                done += len(block)
 
 
 def _set_text(owner: Any, name: str, text: str) -> None:

@@ -33,6 +33,7 @@ from kdcore.cpu.simd import (
     where,
     widen,
 )
+from kdcore.rowstatus import TEACHER
 
 __all__ = ["draw_kernel", "draw_rows", "select_kernel", "select_rows"]
 
@@ -278,7 +279,8 @@ def _kernels(sources):
                 x, k, temperatures, maxima, ranks, values, places, sums
             )
             if not usable:
-                status[i, 0], status[i, 1] = check_row(x)
+                condition, status[i, 1] = check_row(x)
+                status[i, 0] = TEACHER + condition
                 continue
             n_valid[i] = count
             for t in range(temperatures.size):
@@ -321,7 +323,8 @@ def _kernels(sources):
                 x, head_k, temperatures, maxima, ranks, values, places, sums
             )
             if not usable:
-                status[i, 0], status[i, 1] = check_row(x)
+                condition, status[i, 1] = check_row(x)
+                status[i, 0] = TEACHER + condition
                 continue
             for t in range(temperatures.size):
                 inverse = 1.0 / temperatures[t]

@@ -52,8 +52,6 @@ __all__ = [
 #: A rounded log-probability may exceed 0 by so much.
 _ABOVE_ZERO = 1e-3
 _LOG2_E = np.float32(math.log2(math.e))
-#: By so much the bounds of a tail's log-mass may be missed: what rounding of the head's values to 8 bits can move.
-_TAIL_SLACK = 2e-2
 
 
 def packed_width(k, bits):
@@ -158,11 +156,12 @@ def _kernels(sources):
                 store_part(y, whole, k - whole, load_part(x, whole, k - whole, -math.inf, like) * inverse - shift)
 
     @njit(nogil=True, cache=True)
-    def check_kernel(values, ids, n_valid, tail, temperatures, vocab_size, tolerance, seen):
+    def check_kernel(values, ids, n_valid, tail, temperatures, vocab_size, tolerance, slack_of, seen):
         """(code, row, entry, number, other) of the first row that is not as it must be; code 0: all are.
 
-        tail [B, t] at the temperatures, of which the first is 1; of samples, which have no tail, [B, 0]. ``seen`` is
-        scratch of a power of two beyond 2 k.
+        tail [B, t] at the temperatures, of which the first is 1; of samples, which have no tail, [B, 0]. A row may
+        miss probability 1 by ``tolerance``, and the bounds of a tail's log-mass by what rounding moves, in proportion
+        to ``slack_of``. ``seen`` is scratch of a power of two beyond 2 k.
         """
         _ = sources
         values, ids, n_valid = borrowed(values), borrowed(ids), borrowed(n_valid)
@@ -224,7 +223,7 @@ def _kernels(sources):
                 even = (1.0 - beta) * math.log(np.float64(others)) + beta * mass
                 peaked = mass + (beta - 1.0) * above
                 low, high = (peaked, even) if beta < 1.0 else (even, peaked)
-                slack = _TAIL_SLACK + abs(beta) * _TAIL_SLACK
+                slack = slack_of * (1.0 + beta)
                 if not low - slack <= found <= high + slack:
                     return BAD_TAIL_AT, i, t, share, (low if found < low else high)
         return OK, 0, 0, 0.0, 0.0
@@ -288,13 +287,13 @@ def decode_rows(values, tail, temperature):
     return out
 
 
-def check_rows(values, ids, n_valid, tail, temperatures, vocab_size, tolerance):
+def check_rows(values, ids, n_valid, tail, temperatures, vocab_size, tolerance, slack):
     """The first finding of :func:`check_kernel`."""
     rows, k = ids.shape
     seen = np.empty(1 << (2 * k).bit_length(), np.int64)
     flat = _readable(raw_bits(values.reshape(-1)))
     return check_kernel(
-        flat, _readable(ids), _readable(n_valid), _readable(tail), temperatures, vocab_size, tolerance, seen
+        flat, _readable(ids), _readable(n_valid), _readable(tail), temperatures, vocab_size, tolerance, slack, seen
     )
 
 
