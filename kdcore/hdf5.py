@@ -18,6 +18,7 @@ import stat
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -119,7 +120,12 @@ def _type_words(stored: Any) -> str:
 
 def _matching(stored: Any, dtypes: Iterable[str]) -> np.dtype[Any] | None:
     """The dtype that equals the stored type in every bit; a float with other exponent bits equals none."""
-    return next((np.dtype(d) for d in dtypes if stored.equal(h5py.h5t.py_create(np.dtype(d)))), None)
+    return next((np.dtype(d) for d in dtypes if stored.equal(_hdf5_type(d))), None)
+
+
+@cache
+def _hdf5_type(dtype: str) -> Any:
+    return h5py.h5t.py_create(np.dtype(dtype))
 
 
 class SafeFile:
@@ -147,9 +153,7 @@ class SafeFile:
         Everything else that is not as expected.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, locking: bool = True
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, locking: bool = True) -> None:
         self.path = file_path(path, "path").absolute()
         self.max_bytes = max_bytes
         self._locking = {} if locking else {"locking": False}
@@ -203,7 +207,7 @@ class SafeFile:
 
     def _object(self, name: str) -> Any:
         """The object under ``name``. Each component is checked: the last link says nothing of those before it."""
-        found = self._file["/"]
+        found = self._file
         walked = ""
         for part in _parts(name):
             if not isinstance(found, h5py.Group):
@@ -304,13 +308,13 @@ class SafeFile:
     def names(self) -> list[str]:
         """The names of the objects at the root of the file."""
         with self._reading(f"{self.path}: '/'") as file:
-            return list(file["/"])
+            return list(file)
 
     def has(self, name: str) -> bool:
         """Whether there is anything under ``name``."""
         *group, last = _parts(name)
         with self._reading(f"{self.path}: {name!r}"):
-            parent = self._object("/".join(group)) if group else self._file["/"]
+            parent = self._object("/".join(group)) if group else self._file
             return isinstance(parent, h5py.Group) and bool(parent.id.links.exists(last.encode()))
 
     def attribute(self, owner: str, name: str, kind: type[_Scalar]) -> _Scalar | None:
@@ -321,7 +325,7 @@ class SafeFile:
         """
         where = f"{self.path}: attribute {name!r} of {owner!r}"
         with self._reading(where):
-            holder = self._file["/"] if owner == "/" else self._object(owner)
+            holder = self._file if owner == "/" else self._object(owner)
             if not h5py.h5a.exists(holder.id, name.encode()):
                 return None
             attribute = h5py.h5a.open(holder.id, name.encode())
@@ -350,7 +354,7 @@ class SafeFile:
         """The attribute ``name`` of ``owner``, a vector of at most so many float64, or None where there is none."""
         where = f"{self.path}: attribute {name!r} of {owner!r}"
         with self._reading(where):
-            holder = self._file["/"] if owner == "/" else self._object(owner)
+            holder = self._file if owner == "/" else self._object(owner)
             if not h5py.h5a.exists(holder.id, name.encode()):
                 return None
             attribute = h5py.h5a.open(holder.id, name.encode())
@@ -517,13 +521,17 @@ def set_integer(path: Path, name: str, value: int) -> None:
         file.attrs.modify(name, np.int64(value))
 
 
+#: Bounds of the chunks of compressed arrays: below, what describes them counts; above, too much is read for a row.
+_SMALL_CHUNK, _LARGE_CHUNK = 1 << 15, 1 << 20
+
+
 def write_compressed(
     path: str | os.PathLike[str],
     arrays: Mapping[str, tuple[str, tuple[int, ...], Iterable[NDArray[Any]]]],
     attributes: Attributes,
     chunk_rows: int,
 ) -> None:
-    """A new file of compressed arrays, by name (dtype, shape, blocks of rows in order), in chunks of so many rows.
+    """A new file of compressed arrays, by name (dtype, shape, blocks of rows in order), in chunks of about so many rows.
 
     Byte-shuffled, deflated and checked by fletcher32, which every HDF5 library reads.
     """
@@ -532,8 +540,9 @@ def write_compressed(
         for name, (dtype, shape, blocks) in arrays.items():
             _make_groups(file, name)
             layout: dict[str, Any] = {}
-            if math.prod(shape):
-                rows = max(1, min(chunk_rows, shape[0], (1 << 20) // (math.prod(shape[1:]) * np.dtype(dtype).itemsize)))
+            row_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+            if shape[0] * row_bytes > _SMALL_CHUNK:  # less would not pay for an index of chunks
+                rows = max(1, min(max(chunk_rows, _SMALL_CHUNK // row_bytes), shape[0], _LARGE_CHUNK // row_bytes))
                 layout = {
                     "chunks": (rows, *shape[1:]),
                     "compression": "gzip",

@@ -4,6 +4,7 @@ Letters: B rows of k entries, in order of decreasing value. Values are in storag
 """
 
 import math
+from functools import cache
 
 import numpy as np
 from llvmlite import ir
@@ -13,7 +14,7 @@ from numba.extending import intrinsic
 from kdcore.cpu.kernels import _SOURCES
 from kdcore.cpu.primitives import exp2, exprel, inner, log, raw_bits
 from kdcore.cpu.rows import lanes_of
-from kdcore.cpu.simd import borrowed, full, load, load_part, store, store_part, sum_lanes, to_real, where
+from kdcore.cpu.simd import LANES, borrowed, full, load, load_part, store, store_part, sum_lanes, to_real, where
 
 __all__ = [
     "BAD_COUNT",
@@ -59,18 +60,6 @@ def packed_width(k, bits):
     return (k * bits + 7) // 8
 
 
-@intrinsic
-def _word(typingctx, array, index):
-    """Eight bytes of a byte array from ``index`` on, as a little-endian integer."""
-
-    def generate(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        address = builder.gep(data, [args[1]], inbounds=False)
-        return builder.load(builder.bitcast(address, ir.IntType(64).as_pointer()), align=1)
-
-    return types.uint64(array, types.intp), generate
-
-
 @inner
 def _power_sum(x, top, rate):
     """The sum of exp2((x - top) rate) over the values of a row, in float32; ``top`` is the first and largest."""
@@ -82,6 +71,73 @@ def _power_sum(x, top, rate):
     if whole < x.size:
         z += exp2(load_part(x, whole, x.size - whole, -math.inf, rate) - top, rate)
     return sum_lanes(z)
+
+
+#: Up to so many bits an id lies within the four bytes that begin where it does.
+_NARROW = 25
+
+
+def _octet(bits):
+    """``octet(packed, index, ids, at)``: the eight ids from the byte ``index`` on go to ids[at : at + 8].
+
+    32 bytes beyond the index must be readable. The places of the ids in the bytes are constants, so that one shuffle of
+    bytes, one shift and one mask find four of them.
+    """
+    places = [[(j * bits >> 3) - (half * 4 * bits >> 3) for j in range(half * 4, half * 4 + 4)] for half in range(2)]
+    bytes_, words = ir.VectorType(ir.IntType(8), 16), ir.VectorType(ir.IntType(32), 4)
+
+    @intrinsic
+    def octet(typingctx, packed, index, ids, at):
+        def generate(context, builder, signature, args):
+            data, target = (
+                context.make_array(kind)(context, builder, value).data
+                for kind, value in ((signature.args[0], args[0]), (signature.args[2], args[2]))
+            )
+            for half in range(2):
+                start = builder.add(args[1], ir.Constant(args[1].type, half * 4 * bits >> 3))
+                address = builder.bitcast(builder.gep(data, [start], inbounds=False), bytes_.as_pointer())
+                mask = ir.Constant(
+                    ir.VectorType(ir.IntType(32), 16), [place + b for place in places[half] for b in range(4)]
+                )
+                window = builder.shuffle_vector(builder.load(address, align=1), ir.Constant(bytes_, ir.Undefined), mask)
+                shifts = ir.Constant(words, [j * bits & 7 for j in range(half * 4, half * 4 + 4)])
+                found = builder.and_(
+                    builder.lshr(builder.bitcast(window, words), shifts), ir.Constant(words, [(1 << bits) - 1] * 4)
+                )
+                place = builder.add(args[3], ir.Constant(args[3].type, half * 4))
+                address = builder.gep(target, [place], inbounds=False)
+                builder.store(found, builder.bitcast(address, words.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(packed, types.intp, ids, types.intp), generate
+
+    return octet
+
+
+@cache
+def _unpack_kernel(bits):
+    """The inverse of the pack kernel, for so many bits; of others than narrow ids, octets are left to the plain loop."""
+    told_apart = _SOURCES, bits
+    octet, width_of = _octet(min(bits, _NARROW)), 1 if bits <= _NARROW else 0
+
+    @njit(nogil=True, cache=True)
+    def unpack_kernel(packed, width, ids):
+        _ = told_apart
+        packed, ids = borrowed(packed), borrowed(ids)
+        for i in range(ids.shape[0]):
+            start, row = i * width, ids[i]
+            octets = row.size // 8 * width_of
+            done = 0
+            while done < octets and start + done * bits + 32 <= packed.size:
+                octet(packed, start + done * bits, row, done * 8)
+                done += 1
+            for j in range(done * 8, row.size):
+                bit, window = j * bits, np.uint64(0)
+                for b in range((bit + bits + 7) // 8 - bit // 8):
+                    window |= np.uint64(packed[start + bit // 8 + b]) << np.uint64(8 * b)
+                row[j] = (window >> np.uint64(bit & 7)) & np.uint64((1 << bits) - 1)
+
+    return unpack_kernel
 
 
 def _kernels(sources):
@@ -105,30 +161,12 @@ def _kernels(sources):
                 row[at] = window & np.uint64(255)
 
     @njit(nogil=True, cache=True)
-    def unpack_kernel(packed, width, bits, ids):
-        """The inverse, of the flat bytes of rows of ``width`` bytes each."""
-        _ = sources
-        packed, ids = borrowed(packed), borrowed(ids)
-        mask = (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
-        for i in range(ids.shape[0]):
-            start, row = i * width, ids[i]
-            # A word may reach beyond the row, and must not beyond the array.
-            safe = min(row.size, max(0, (packed.size - start - 8) * 8 // bits + 1))
-            for j in range(safe):
-                bit = j * bits
-                row[j] = (_word(packed, start + (bit >> 3)) >> np.uint64(bit & 7)) & mask
-            for j in range(safe, row.size):
-                bit, window = j * bits, np.uint64(0)
-                for b in range((bit + bits + 7) // 8 - bit // 8):
-                    window |= np.uint64(packed[start + bit // 8 + b]) << np.uint64(8 * b)
-                row[j] = (window >> np.uint64(bit & 7)) & mask
-
-    @njit(nogil=True, cache=True)
     def decode_kernel(values, tail, inverse, sums, out):
         """out [B, k] = log p at a temperature, from log p at 1 and the tail's log-mass at that temperature.
 
         log p_T = log p / T - log Σ_head p^(1/T) + log(1 - tail mass): the head gets what the tail leaves, whatever the
-        rounding of the values. ``sums`` is scratch.
+        rounding of the values. ``sums`` is scratch of a
+        vector's length, of positive numbers.
         """
         _ = sources
         values, tail, sums, out = borrowed(values), borrowed(tail), borrowed(sums), borrowed(out)
@@ -137,23 +175,23 @@ def _kernels(sources):
         lanes, inverse = lanes_of(like), np.float32(inverse)
         rate = _LOG2_E * inverse
         whole = k // lanes * lanes
-        for i in range(rows):
-            x = values[i * k : (i + 1) * k]
-            sums[i] = _power_sum(x, np.float32(to_real(x[0])), rate)
-        for i in range(0, rows, lanes):
-            count = min(lanes, rows - i)
-            share = load_part(tail, i, count, -math.inf, like)
+        for first in range(0, rows, lanes):  # so many rows at a time, whose logarithms are one vector
+            count = min(lanes, rows - first)
+            for i in range(count):
+                x = values[(first + i) * k : (first + i + 1) * k]
+                sums[i] = _power_sum(x, np.float32(to_real(x[0])), rate)
+            share = load_part(tail, first, count, -math.inf, like)
             # 1 - e^x without cancellation.
             small = where(share > np.float32(-0.5), share, np.float32(-0.5))
             kept = where(share > np.float32(-0.5), -small * exprel(small), np.float32(1) - exp2(share, _LOG2_E))
-            store_part(sums, i, count, log(load_part(sums, i, count, 1.0, like)) - log(kept))
-        for i in range(rows):
-            x, y = values[i * k : (i + 1) * k], out[i]
-            shift = np.float32(to_real(x[0])) * inverse + sums[i]
-            for v in range(0, whole, lanes):
-                store(y, v, load(x, v, like) * inverse - shift)
-            if whole < k:
-                store_part(y, whole, k - whole, load_part(x, whole, k - whole, -math.inf, like) * inverse - shift)
+            store(sums, 0, log(load(sums, 0, like)) - log(kept))
+            for i in range(count):
+                x, y = values[(first + i) * k : (first + i + 1) * k], out[first + i]
+                shift = np.float32(to_real(x[0])) * inverse + sums[i]
+                for v in range(0, whole, lanes):
+                    store(y, v, load(x, v, like) * inverse - shift)
+                if whole < k:
+                    store_part(y, whole, k - whole, load_part(x, whole, k - whole, -math.inf, like) * inverse - shift)
 
     @njit(nogil=True, cache=True)
     def check_kernel(values, ids, n_valid, tail, temperatures, vocab_size, tolerance, slack_of, seen):
@@ -248,10 +286,10 @@ def _kernels(sources):
                 return BAD_SUM, i, 0, total, 0.0
         return OK, 0, 0, 0.0, 0.0
 
-    return pack_kernel, unpack_kernel, decode_kernel, check_kernel, check_dense_kernel
+    return pack_kernel, decode_kernel, check_kernel, check_dense_kernel
 
 
-pack_kernel, unpack_kernel, decode_kernel, check_kernel, check_dense_kernel = _kernels(_SOURCES)
+pack_kernel, decode_kernel, check_kernel, check_dense_kernel = _kernels(_SOURCES)
 
 
 def _readable(array):
@@ -270,7 +308,7 @@ def pack_ids(ids, bits):
 def unpack_ids(packed, k, bits):
     """What :func:`pack_ids` has packed."""
     ids = np.empty((packed.shape[0], k), np.int32)
-    unpack_kernel(_readable(packed.reshape(-1)), packed.shape[1], bits, ids)
+    _unpack_kernel(bits)(_readable(packed.reshape(-1)), packed.shape[1], ids)
     return ids
 
 
@@ -283,7 +321,7 @@ def decode_rows(values, tail, temperature):
     out = np.empty((rows, k), np.float32)
     if rows:
         flat = _readable(raw_bits(values.reshape(-1)))
-        decode_kernel(flat, _readable(tail), 1.0 / temperature, np.empty(rows, np.float32), out)
+        decode_kernel(flat, _readable(tail), 1.0 / temperature, np.ones(LANES[types.float32], np.float32), out)
     return out
 
 

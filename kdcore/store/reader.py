@@ -225,9 +225,7 @@ class LogitStore:
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
-    def read(
-        self, rows: Any, temperature: float = 1.0, *, input_ids: Any = None, renormalize: bool = False
-    ) -> Rows:
+    def read(self, rows: Any, temperature: float = 1.0, *, input_ids: Any = None, renormalize: bool = False) -> Rows:
         """Rows by number, as teacher's answers at ``temperature`` for a KD call with that temperature.
 
         Parameters
@@ -346,7 +344,10 @@ class LogitStore:
     def _runs(self, rows: Any) -> list[tuple[int, Any]]:
         """Rows as (shard, slice or numbers within it), in the order in which they were asked for; consecutive ones."""
         if isinstance(rows, slice):
-            numbers = np.arange(*rows.indices(len(self)), dtype=np.int64)
+            start, stop, step = rows.indices(len(self))
+            if step == 1 and start < stop and len(self._shards) == 1:
+                return [(0, slice(start, stop))]
+            numbers = np.arange(start, stop, step, dtype=np.int64)
         else:
             array = np.asarray(rows if not isinstance(rows, range) else np.arange(rows.start, rows.stop, rows.step))
             if array.dtype == bool:
@@ -356,9 +357,7 @@ class LogitStore:
             numbers = np.empty(0, np.int64) if array.size == 0 else as_int64(array.reshape(-1), "rows")
         outside = np.flatnonzero((numbers < 0) | (numbers >= len(self)))
         if outside.size:
-            raise MissingRowError(
-                f"{self.path} has {len(self)} rows, and none with the number {numbers[outside[0]]}"
-            )
+            raise MissingRowError(f"{self.path} has {len(self)} rows, and none with the number {numbers[outside[0]]}")
         if numbers.size == 0:
             return [(0, slice(0, 0))]
         if len(self._shards) == 1:
@@ -516,9 +515,7 @@ def _shown(ids: NDArray[Any]) -> str:
     return f"[{first}, ...] ({ids.size})" if ids.size > 8 else f"[{first}]"
 
 
-def _ahead(
-    read: Callable[[int], StoredSequence], numbers: Iterable[int], prefetch: int
-) -> Iterator[StoredSequence]:
+def _ahead(read: Callable[[int], StoredSequence], numbers: Iterable[int], prefetch: int) -> Iterator[StoredSequence]:
     """``read`` of each number, in a thread that is so many ahead; its errors are raised here."""
     if prefetch == 0:
         yield from map(read, numbers)

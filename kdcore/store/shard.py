@@ -57,7 +57,9 @@ def check_rows(
     """Raise for the first stored row that is not as it must be; ``first`` is the number of the first of them."""
     found: tuple[Any, ...]
     if header.kind in ("dense", "hidden"):
-        found = stored.check_dense_rows(np.ascontiguousarray(columns[0]), header.tolerance if header.kind == "dense" else 0)
+        found = stored.check_dense_rows(
+            np.ascontiguousarray(columns[0]), header.tolerance if header.kind == "dense" else 0
+        )
         _raise(found, source, first, error)
         return
     temperatures = np.array(header.temperatures)
@@ -296,4 +298,3 @@ class Shard:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-

@@ -106,6 +106,9 @@ class LogitStoreWriter:
         Where the rows come from. Readers can demand them; shards of one store must agree in them.
     shard_index : int
         The place of the shard among those of a store.
+    tail_source : {"producer", "derived"}
+        Of "topk": "derived" where tails are 1 minus the head because the teacher did not say them, for
+        :meth:`append_rows`. Nothing can be derived at other temperatures than 1, so there are none.
     threads : int, optional
         As for :func:`kdcore.kd_loss`.
 
@@ -152,14 +155,16 @@ class LogitStoreWriter:
         tokenizer_sha256: str = "",
         corpus_sha256: str = "",
         shard_index: int = 0,
+        tail_source: str = "producer",
         threads: int | None = None,
     ) -> None:
+        choice(tail_source, "tail_source", ("producer", "derived"))
         choice(kind, "kind", KINDS)
         choice(value_dtype, "value_dtype", VALUE_DTYPES)
         vocab_size = int(number_in(integer(vocab_size, "vocab_size"), "vocab_size", 1, MAX_VOCABULARY))
         capacity = integer(capacity, "capacity", least=1)
         _refuse_foreign(kind, {
-            "topk": {"k": k}, "sampled": {"head_k": head_k or None, "draws": draws, "seed": seed or None},
+            "topk": {"k": k, "tail_source": None if tail_source == "producer" else tail_source}, "sampled": {"head_k": head_k or None, "draws": draws, "seed": seed or None},
             "hidden": {
                 "head": head, "logit_scale": None if logit_scale == 1 else logit_scale,
                 "logit_softcap": logit_softcap or None,
@@ -193,8 +198,8 @@ class LogitStoreWriter:
             value_dtype=value_dtype,
             index_encoding=("uint16" if bits <= 16 else "packed") if sparse else "none",
             index_bits=bits,
-            temperatures=as_temperatures(temperatures) if sparse else (1.0,),
-            tail_source="producer" if kind == "topk" else "none",
+            temperatures=as_temperatures(temperatures if tail_source == "producer" else ()) if sparse else (1.0,),
+            tail_source=tail_source if kind == "topk" else "none",
             block_rows=1,
             head_k=head_k,
             draws=draws or 0,
@@ -234,7 +239,9 @@ class LogitStoreWriter:
         arrays["seq/id"] = ("<u8", (capacity,))
         arrays["blocks/crc32"] = ("<u4", (-(-capacity // rows), len(columns)))
         arrays["commit"] = ("<u8", (2, 64))
-        new = self._part.with_name(self._part.name + ".new")  # what a writer that is killed here leaves is its successor's
+        new = self._part.with_name(
+            self._part.name + ".new"
+        )  # what a writer that is killed here leaves is its successor's
         with self._taken(new, os.O_CREAT), contextlib.suppress(FileNotFoundError):
             os.unlink(new)
         with _room(self._part, capacity):
@@ -271,7 +278,9 @@ class LogitStoreWriter:
         if self.path.name.endswith(PART):
             raise DomainError(f"path must be that of the finished shard, without {PART!r}, got {str(path)!r}")
         if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"{self.path.parent} is not a directory, so {self.path.name} cannot be written there")
+            raise FileNotFoundError(
+                f"{self.path.parent} is not a directory, so {self.path.name} cannot be written there"
+            )
         self._part = self.path.with_name(self.path.name + PART)
         self._engine: Engine = host_engine("LogitStoreWriter", {}, threads)
         self._threads = threads
@@ -404,6 +413,8 @@ class LogitStoreWriter:
             :meth:`append_rows`.
         """
         ids, key = self._admit(input_ids)
+        if self._header.tail_source == "derived":
+            raise DomainError("a store with derived tails takes append_rows alone: of logits the tail is known")
         engine = host_engine("LogitStoreWriter.append", {"logits": logits}, self._threads)
         rows = as_logits(engine, logits, "logits")
         self._check_shape(rows.shape, ids.size)
