@@ -493,11 +493,11 @@ def _set_attributes(owner: Any, attributes: Attributes) -> None:
 def create_preallocated(
     path: Path, arrays: Mapping[str, tuple[str, tuple[int, ...]]], attributes: Attributes
 ) -> dict[str, int]:
-    """A new file of contiguous arrays, by name (dtype, shape), none of them empty; where each begins in the file.
+    """A new file of contiguous arrays, by name (dtype, shape), none empty. Returns where each begins in the file.
 
-    Nothing is written to the arrays, and HDF5 need not be asked again to do so: who knows where they begin writes to the
-    file itself. Format 1.8 has checksums on the metadata, and no mark of a writer that was killed. The file must not
-    exist; its bytes are reserved by nobody yet.
+    Nothing is written to the arrays, and HDF5 need not be asked again to do so: who knows where they begin writes to
+    the file itself. Format 1.8 has checksums on the metadata, and no mark of a writer that was killed. The file
+    must not exist; its bytes are reserved by nobody yet.
     """
     with h5py.File(_create(path)) as file:
         _set_attributes(file, attributes)
@@ -531,7 +531,7 @@ def write_compressed(
     attributes: Attributes,
     chunk_rows: int,
 ) -> None:
-    """A new file of compressed arrays, by name (dtype, shape, blocks of rows in order), in chunks of about so many rows.
+    """A new file of compressed arrays, by name (dtype, shape, blocks of rows), in chunks of about so many rows.
 
     Byte-shuffled, deflated and checked by fletcher32, which every HDF5 library reads.
     """
@@ -541,7 +541,7 @@ def write_compressed(
             _make_groups(file, name)
             layout: dict[str, Any] = {}
             row_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
-            if shape[0] * row_bytes > _SMALL_CHUNK:  # less would not pay for an index of chunks
+            if shape[0] * row_bytes > 4096:  # less would not pay for an index of chunks
                 rows = max(1, min(max(chunk_rows, _SMALL_CHUNK // row_bytes), shape[0], _LARGE_CHUNK // row_bytes))
                 layout = {
                     "chunks": (rows, *shape[1:]),

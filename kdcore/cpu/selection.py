@@ -7,9 +7,9 @@ Letters: B rows, V classes, k of them kept, n draws. Logits are flat arrays in s
 of k stretches has an element at least as large. Few elements reach the bound, and they alone are ranked. So the row is
 read from memory once, for the maxima; for the sums it comes from the cache.
 
-**The tail** is summed over itself, never as 1 minus the head: exponentials are relative to the smallest class of the
-head, so that no tail is too small for them. Where even those underflow, :func:`_careful_tail` starts from the tail's own
-largest class.
+**The tail** is summed over itself, never as 1 minus the head: exponentials are relative to the smallest class of
+the head, so that no tail is too small for them. Where even those underflow, :func:`_careful_tail` starts from the
+tail's own largest class.
 """
 
 import math
@@ -67,8 +67,7 @@ def _stretch_maxima(x, maxima):
         last = type(like)(-math.inf)
         for v in range(x.size // STRETCH * STRETCH, x.size):
             value = type(like)(to_real(x[v]))
-            if value > last:
-                last = value
+            last = max(last, value)
         maxima[x.size // STRETCH] = last
         best = max(best, last)
     return best
@@ -155,7 +154,7 @@ def _candidates(x, maxima, bound, values, places):
 
 @inner
 def _tail_block(x, start, stop, least, base, rate, like):
-    """The sum of exp2((x - base) rate) over the classes of [start, stop) whose logits are below ``least``; NaN count."""
+    """The sum of exp2((x - base) rate) over those of [start, stop) whose logits are below ``least``; NaN count."""
     lanes, rate = lanes_of(like), type(like)(rate)
     z = full(0.0, 0.0)
     whole = start + (stop - start) // lanes * lanes
@@ -470,7 +469,7 @@ def draw_rows(logits, head_k, draws, temperatures, seeds, threads):
     return log_weights, indices, n_valid, status
 
 
-_compiled = set()
+_compiled: set[tuple[object, ...]] = set()
 
 
 def _compiled_first(work, key):

@@ -1,6 +1,7 @@
 """Kernels of stored rows: ids in few bits, log-probabilities at another temperature, and what a row must hold.
 
-Letters: B rows of k entries, in order of decreasing value. Values are in storage form (see :mod:`kdcore.cpu.primitives`).
+Letters: B rows of k entries, in order of decreasing value. Values are in storage form (see
+:mod:`kdcore.cpu.primitives`).
 """
 
 import math
@@ -116,7 +117,7 @@ def _octet(bits):
 
 @cache
 def _unpack_kernel(bits):
-    """The inverse of the pack kernel, for so many bits; of others than narrow ids, octets are left to the plain loop."""
+    """The inverse of the pack kernel, for so many bits each; ids that are not narrow take the plain loop alone."""
     told_apart = _SOURCES, bits
     octet, width_of = _octet(min(bits, _NARROW)), 1 if bits <= _NARROW else 0
 
@@ -268,7 +269,7 @@ def _kernels(sources):
 
     @njit(nogil=True, cache=True)
     def check_dense_kernel(values, classes, tolerance):
-        """As :func:`check_kernel`, of log-probabilities of all classes; no tolerance: of numbers that must be finite."""
+        """As the kernel above, of log-probabilities of all classes; no tolerance: of numbers that must be finite."""
         _ = sources
         values = borrowed(values)
         for i in range(values.size // classes):
@@ -327,8 +328,7 @@ def decode_rows(values, tail, temperature):
 
 def check_rows(values, ids, n_valid, tail, temperatures, vocab_size, tolerance, slack):
     """The first finding of :func:`check_kernel`."""
-    rows, k = ids.shape
-    seen = np.empty(1 << (2 * k).bit_length(), np.int64)
+    seen = np.empty(1 << (2 * ids.shape[1]).bit_length(), np.int64)
     flat = _readable(raw_bits(values.reshape(-1)))
     return check_kernel(
         flat, _readable(ids), _readable(n_valid), _readable(tail), temperatures, vocab_size, tolerance, slack, seen

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from kdcore.errors import DomainError, FileFormatError, MissingDependencyError, 
 from kdcore.hdf5 import FLOATS, INTEGERS, SafeFile, widen_logit_rows, write_compressed
 from kdcore.sparse import TopKRows
 from kdcore.store.encoding import ids_of
-from kdcore.store.schema import Commit
+from kdcore.store.schema import Commit, crc32_of
 from kdcore.store.shard import Shard
 from kdcore.store.writer import LogitStoreWriter
 
@@ -37,8 +36,9 @@ _OVER_ONE = 5e-3
 def repack(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
     """Write the compressed archive form of a finished shard: the same rows, in two thirds of the bytes.
 
-    Ids are plain integers, which compress better than packed ones and every HDF5 library reads; arrays are trimmed to
-    their rows, byte-shuffled and deflated. :class:`~kdcore.LogitStore` reads it, slower. All rows are checked on the way.
+    Ids are plain integers, which compress better than packed ones and every HDF5 library reads; arrays are trimmed
+    to their rows, byte-shuffled and deflated. :class:`~kdcore.LogitStore` reads it, slower. All rows are checked on
+    the way.
     """
     path = file_path(target, "target").absolute()
     with Shard(source) as shard:
@@ -59,8 +59,7 @@ def repack(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Pa
                 if columns[c].name == "rows/indices" and encoding != old.index_encoding:
                     slots = len(old.temperatures) if old.kind == "sampled" else 1
                     data = np.concatenate([ids_of(data, old, slot) for slot in range(slots)], axis=1).astype("<u4")
-                data = np.ascontiguousarray(data)
-                crcs[block, c] = zlib.crc32(data.reshape(-1).view(np.uint8))
+                crcs[block, c] = crc32_of(data)
                 yield data
 
         def crc_table() -> Iterator[NDArray[Any]]:  # asked for when all columns are written
@@ -381,9 +380,9 @@ _TERM_DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64"
 class _DistillKit:
     """How DistillKit compressed a row (its ``DistributionQuantizationConfig``).
 
-    The bytes of a row: ``exact_k`` values; coefficients of a sum of terms in the rank, for the others; then bins of what
-    that leaves, each a scale and integers of so many bits, the highest bit first. With ``delta_encoding`` all of that
-    is differences of neighbours.
+    The bytes of a row: ``exact_k`` values; coefficients of a sum of terms in the rank, for the others; then bins of
+    what that leaves, each a scale and integers of so many bits, the highest bit first. With ``delta_encoding`` all of
+    that is differences of neighbours.
     """
 
     d: int

@@ -72,7 +72,7 @@ def head_fingerprint(head: NDArray[Any]) -> str:
     """SHA-256 of an output layer [V, d]: its dtype, its shape, its bytes."""
     array = np.ascontiguousarray(head)
     digest = hashlib.sha256(f"{array.dtype.name} {array.shape}".encode())
-    digest.update(array.reshape(-1).view(np.uint8))
+    digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

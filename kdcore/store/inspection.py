@@ -84,7 +84,7 @@ def plot_tails(store: LogitStore, path: str | os.PathLike[str]) -> Path:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    edges = np.linspace(0, 1, 51)
+    edges = np.linspace(0, 1, 51).tolist()
     for t, column in zip(store.temperatures, masses.T, strict=True):
         mean = f", mean {column.mean():.3f}" if column.size else ""
         axes.hist(column, edges, histtype="step", linewidth=1.6, label=f"T = {t:g}{mean}")

@@ -6,6 +6,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -52,9 +53,9 @@ class StoredSequence(NamedTuple):
 class LogitStore:
     """A teacher's answers on disk: a shard, or all shards of a manifest as one. B rows of a request, V classes.
 
-    Files need not be trusted (see :class:`kdcore.hdf5.SafeFile`): opening checks their structure, and the first read of
-    a block its checksum and every value. Uncompressed shards are mapped into memory. The store may be shared by threads,
-    forked and pickled (as its path; what is there under it later must be the same store).
+    Files need not be trusted (see :class:`kdcore.hdf5.SafeFile`): opening checks their structure, and the first read
+    of a block its checksum and every value. Uncompressed shards are mapped into memory. The store may be shared by
+    threads, forked and pickled (as its path; what is there under it later must be the same store).
 
     Parameters
     ----------
@@ -128,7 +129,7 @@ class LogitStore:
         self._row_starts, self._sequence_starts = (
             np.concatenate([[0], np.cumsum(np.array(column, np.int64))]) for column in zip(*counts, strict=True)
         )
-        self._head = None
+        self._head: NDArray[Any] | None = None
         self._check_expectations()
 
     def _check_expectations(self) -> None:
@@ -364,10 +365,7 @@ class LogitStore:
             return [(0, _slice_or(numbers))]
         owners = np.searchsorted(self._row_starts, numbers, side="right") - 1
         cuts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), numbers.size]
-        return [
-            (int(owners[a]), _slice_or(numbers[a:b] - self._row_starts[owners[a]]))
-            for a, b in zip(cuts, cuts[1:], strict=False)
-        ]
+        return [(int(owners[a]), _slice_or(numbers[a:b] - self._row_starts[owners[a]])) for a, b in pairwise(cuts)]
 
     def _find(self, input_ids: Any) -> tuple[int, slice]:
         key = content_key(input_ids)
@@ -381,8 +379,8 @@ class LogitStore:
             stored, given = shard.run("rows/input_id", start, stop), np.asarray(input_ids)
             if not np.array_equal(stored, given):
                 raise FileFormatError(
-                    f"{shard.path}: 'seq/id', row {place}: the {given.size} given tokens have the key {key}, under which "
-                    f"rows {start} to {stop - 1} keep {_shown(stored)} instead of {_shown(given)}: "
+                    f"{shard.path}: 'seq/id', row {place}: the {given.size} given tokens have the key {key}, "
+                    f"under which rows {start} to {stop - 1} keep {_shown(stored)} instead of {_shown(given)}: "
                     "the keys collide, or the file is damaged"
                 )
             return i, slice(start, stop)
@@ -437,8 +435,11 @@ class LogitStore:
         if self.kind in ("dense", "hidden"):
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
         columns = parts[0] if len(parts) == 1 else [np.concatenate(column) for column in zip(*parts, strict=True)]
-        make = TopKRows if self.kind == "topk" else SampledRows
-        return make(*columns, self.vocab_size, number)
+        if self.kind == "topk":
+            indices, log_probs, tail, n_valid = columns
+            return TopKRows(indices, log_probs, tail, n_valid, self.vocab_size, number)
+        indices, log_weights, n_valid = columns
+        return SampledRows(indices, log_weights, n_valid, self.vocab_size, number)
 
     def _part(self, shard: Shard, numbers: Any, temperature: float, slot: int, renormalize: bool) -> Any:
         header = shard.header
@@ -472,7 +473,7 @@ class LogitStore:
             block = logits[:, start : start + _HEAD_BLOCK]
             block[...] = states @ self._head[start : start + _HEAD_BLOCK].astype(np.float32).T
             block *= scale
-            if cap:
+            if cap > 0:
                 block /= cap
                 np.tanh(block, out=block)
                 block *= cap

@@ -43,7 +43,10 @@ __all__ = [
     "Commit",
     "Header",
     "as_temperatures",
+    "bits_for",
     "block_rows_for",
+    "check_header",
+    "crc32_of",
     "newest_commit",
     "read_header",
 ]
@@ -82,10 +85,10 @@ def as_temperatures(values: Iterable[float]) -> tuple[float, ...]:
     numbers = {number_in(positive_number(t, "temperatures"), "temperatures", low, high) for t in given}
     if len(numbers) != len(given):
         raise DomainError(f"temperatures must be distinct, got {given!r}")
-    numbers = sorted(numbers - {1.0})
-    if len(numbers) >= MAX_TEMPERATURES:
+    others = sorted(numbers - {1.0})
+    if len(others) >= MAX_TEMPERATURES:
         raise DomainError(f"temperatures must be at most {MAX_TEMPERATURES}, got {len(given)}")
-    return (1.0, *numbers)
+    return (1.0, *others)
 
 
 class Column(NamedTuple):
@@ -178,6 +181,11 @@ class Header:
         return {"float16": 5e-3, "bfloat16": 4e-2, "float32": 1e-4}[self.value_dtype]
 
 
+def crc32_of(array: NDArray[Any], start: int = 0) -> int:
+    """The CRC32 of an array's bytes, behind those that gave ``start``."""
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, start)
+
+
 def block_rows_for(columns: list[Column]) -> int:
     """The rows of a block by default."""
     return max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // sum(column.row_bytes for column in columns)))
@@ -218,7 +226,7 @@ def read_header(file: SafeFile) -> Header:
             values[f.name] = required(f.name, {"int": int, "float": float}.get(str(f.type), str))
     header = Header(**values)
     try:
-        _check(header)
+        check_header(header)
     except (DomainError, DTypeError) as error:
         raise FileFormatError(f"{where} {error}") from error
     expect("value_space", required("value_space", str), _SPACES[header.kind])
@@ -228,7 +236,7 @@ def read_header(file: SafeFile) -> Header:
     return header
 
 
-def _check(header: Header) -> None:
+def check_header(header: Header) -> None:
     """Raise for a header that no writer makes."""
     choice(header.kind, "kind", KINDS)
     choice(header.value_dtype, "value_dtype", VALUE_DTYPES)
@@ -303,16 +311,17 @@ class Commit:
         content = (self.counter, self.rows, self.sequences, self.offsets_crc, self.ids_crc, *self.open_crcs)
         slot = np.zeros(SLOT_WORDS, "<u8")
         slot[: len(content)] = content
-        slot[-1] = zlib.crc32(slot[:-1].tobytes(), zlib.crc32(store_uuid.encode()))
+        slot[-1] = crc32_of(slot[:-1], zlib.crc32(store_uuid.encode()))
         return slot
 
     @staticmethod
     def parse(slot: NDArray[np.uint64], columns: int, store_uuid: str) -> Commit | None:
         """The commit of a slot; None if it was never written, or not to the end."""
         numbers = slot.tolist()
-        if numbers[-1] != zlib.crc32(slot[:-1].tobytes(), zlib.crc32(store_uuid.encode())) or numbers[0] == 0:
+        if numbers[-1] != crc32_of(slot[:-1], zlib.crc32(store_uuid.encode())) or numbers[0] == 0:
             return None
-        return Commit(*numbers[:5], open_crcs=tuple(numbers[5 : 5 + columns]))
+        counter, rows, sequences, offsets_crc, ids_crc = numbers[:5]
+        return Commit(counter, rows, sequences, offsets_crc, ids_crc, tuple(numbers[5 : 5 + columns]))
 
 
 def newest_commit(slots: NDArray[np.uint64], header: Header, path: Any) -> Commit:

@@ -1,16 +1,16 @@
 """One shard, open for reading: everything about it that can be wrong is found here.
 
-In three steps. Opening looks at the structure: the header, the datasets and where they lie, the commit, the offsets of
-sequences. The first read of a block looks at its checksums and at every value of it, once. :meth:`Shard.verify` looks at
-all blocks, and at whether the keys of sequences are those of their tokens.
+In three steps. Opening looks at the structure: the header, the datasets and where they lie, the commit, the offsets
+of sequences. The first read of a block looks at its checksums and at every value of it, once. :meth:`Shard.verify`
+looks at all blocks, and at whether the keys of sequences are those of their tokens.
 """
 
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +23,7 @@ from kdcore.errors import ChecksumError, FileFormatError, KdcoreError, UnsafeFil
 from kdcore.hdf5 import MAX_RATIO, SafeFile, StoredArray
 from kdcore.sequences import content_key
 from kdcore.store.encoding import ids_of, values_of
-from kdcore.store.schema import PART, SLOT_WORDS, Commit, Header, newest_commit, read_header
+from kdcore.store.schema import PART, SLOT_WORDS, Commit, Header, crc32_of, newest_commit, read_header
 
 __all__ = ["Shard", "check_rows"]
 
@@ -155,7 +155,7 @@ class Shard:
             for name, array in self.arrays.items()
             if array.offset is not None and array.mapped is not None
         )
-        for (_, end, name), (start, _, other) in zip(places, places[1:], strict=False):
+        for (_, end, name), (start, _, other) in pairwise(places):
             if start < end:
                 raise UnsafeFileError(
                     f"{self.path}: {name!r} ends at byte {end}, but {other!r} begins at byte {start}: they overlap"
@@ -182,7 +182,8 @@ class Shard:
         ends = int(self.starts[0]), int(self.starts[-1])
         if ends != (0, self.rows):
             raise FileFormatError(
-                f"{self.path}: 'seq/offsets' goes from {ends[0]} to {ends[1]}; expected 0 to the {self.rows} rows of 'commit'"
+                f"{self.path}: 'seq/offsets' goes from {ends[0]} to {ends[1]}; expected 0 to "
+                f"the {self.rows} rows of 'commit'"
             )
         wrong = np.flatnonzero(self.starts[1:] <= self.starts[:-1])
         if wrong.size:
@@ -225,7 +226,7 @@ class Shard:
             expected = list(self.commit.open_crcs)
         columns = [np.ascontiguousarray(self.run(column.name, start, stop)) for column in self.columns]
         for column, data, crc in zip(self.columns, columns, expected, strict=True):
-            found = zlib.crc32(data.reshape(-1).view(np.uint8))
+            found = crc32_of(data)
             if found != crc:
                 raise ChecksumError(
                     f"{self.path}: {column.name!r}, rows {start} to {stop - 1}: their checksum is {found:#010x}; "
@@ -243,10 +244,11 @@ class Shard:
                 ("seq/offsets", self.starts, self.commit.offsets_crc),
                 ("seq/id", keys, self.commit.ids_crc),
             ):
-                found = zlib.crc32(np.ascontiguousarray(data).view(np.uint8))
+                found = crc32_of(data)
                 if found != crc:
                     raise ChecksumError(
-                        f"{self.path}: {name!r}: its checksum is {found:#010x}; expected {crc:#010x}: the file is damaged"
+                        f"{self.path}: {name!r}: its checksum is {found:#010x}; expected {crc:#010x}: "
+                        "the file is damaged"
                     )
             self._sequences_checked = True
         return keys

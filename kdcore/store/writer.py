@@ -55,10 +55,11 @@ from kdcore.store.schema import (
     VALUE_DTYPES,
     Commit,
     Header,
-    _check,
     as_temperatures,
     bits_for,
     block_rows_for,
+    check_header,
+    crc32_of,
 )
 from kdcore.store.shard import Shard, check_rows
 
@@ -71,8 +72,8 @@ _FIRST_OFFSET_CRC = zlib.crc32(bytes(8))
 class LogitStoreWriter:
     """Writes one shard of a :class:`~kdcore.LogitStore`: a teacher's answers to sequences. L tokens, V classes.
 
-    Rows go to ``path`` with ``.part`` behind its name, which is renamed when the shard is finished: by :meth:`close`, or
-    by leaving the ``with`` block without an error. What is committed survives a crash at any moment, and
+    Rows go to ``path`` with ``.part`` behind its name, which is renamed when the shard is finished: by :meth:`close`,
+    or by leaving the ``with`` block without an error. What is committed survives a crash at any moment, and
     :meth:`resume` goes on behind it. One writer makes one shard; many writers make many.
 
     Parameters
@@ -100,8 +101,8 @@ class LogitStoreWriter:
     head_k, draws, seed : int
         Of "sampled" alone, which needs ``draws``. What is drawn depends on the seed and the sequence alone.
     head : array [V, d], logit_scale, logit_softcap : float
-        Of "hidden" alone, which needs ``head``: logits = softcap · tanh(scale · h · headᵀ / softcap), or without softcap
-        (0) scale · h · headᵀ. Of the head a fingerprint is kept.
+        Of "hidden" alone, which needs ``head``: logits = softcap · tanh(scale · h · headᵀ / softcap), or without
+        softcap (0) scale · h · headᵀ. Of the head a fingerprint is kept.
     teacher, teacher_revision, tokenizer_sha256, corpus_sha256 : str
         Where the rows come from. Readers can demand them; shards of one store must agree in them.
     shard_index : int
@@ -163,14 +164,16 @@ class LogitStoreWriter:
         choice(value_dtype, "value_dtype", VALUE_DTYPES)
         vocab_size = int(number_in(integer(vocab_size, "vocab_size"), "vocab_size", 1, MAX_VOCABULARY))
         capacity = integer(capacity, "capacity", least=1)
-        _refuse_foreign(kind, {
-            "topk": {"k": k, "tail_source": None if tail_source == "producer" else tail_source}, "sampled": {"head_k": head_k or None, "draws": draws, "seed": seed or None},
-            "hidden": {
-                "head": head, "logit_scale": None if logit_scale == 1 else logit_scale,
+        _refuse_foreign(
+            kind,
+            topk={"k": k, "tail_source": None if tail_source == "producer" else tail_source},
+            sampled={"head_k": head_k or None, "draws": draws, "seed": seed or None},
+            hidden={
+                "head": head,
+                "logit_scale": None if logit_scale == 1 else logit_scale,
                 "logit_softcap": logit_softcap or None,
             },
-        })  # fmt: skip
-        self._head_width = 0
+        )
         fingerprint = ""
         if kind == "topk":
             width = min(64, vocab_size) if k is None else integer(k, "k", least=1)
@@ -210,12 +213,10 @@ class LogitStoreWriter:
             shard_index=integer(shard_index, "shard_index", least=0),
             store_uuid=uuid.uuid4().hex,
             writer=f"kdcore {__version__}",
-            **_texts(
-                teacher=teacher,
-                teacher_revision=teacher_revision,
-                tokenizer_sha256=tokenizer_sha256,
-                corpus_sha256=corpus_sha256,
-            ),
+            teacher=_text(teacher, "teacher"),
+            teacher_revision=_text(teacher_revision, "teacher_revision"),
+            tokenizer_sha256=_sha256(tokenizer_sha256, "tokenizer_sha256"),
+            corpus_sha256=_sha256(corpus_sha256, "corpus_sha256"),
         )
         self._create(path, header, capacity, block_rows, threads)
 
@@ -231,7 +232,7 @@ class LogitStoreWriter:
         columns = header.columns()
         rows = block_rows_for(columns) if block_rows is None else integer(block_rows, "block_rows", least=1)
         header = replace(header, block_rows=rows)
-        _check(header)
+        check_header(header)
         self._start(path, threads)
         self._refuse_present()
         arrays = {column.name: (column.dtype, column.shape(capacity)) for column in columns}
@@ -527,8 +528,8 @@ class LogitStoreWriter:
             block = start // block_rows
             stop = min((block + 1) * block_rows, self._rows + ids.size)
             for c, data in enumerate(columns):
-                part = np.ascontiguousarray(data[start - self._rows : stop - self._rows])
-                self._open_crcs[c] = zlib.crc32(part.view(np.uint8).reshape(-1), self._open_crcs[c])
+                part = data[start - self._rows : stop - self._rows]
+                self._open_crcs[c] = crc32_of(part, self._open_crcs[c])
             if stop == (block + 1) * block_rows:
                 self._full_blocks[block] = self._open_crcs
                 self._open_crcs = [0] * len(columns)
@@ -540,7 +541,7 @@ class LogitStoreWriter:
 
     def _write(self, name: str, row: int, data: NDArray[Any]) -> None:
         """Write rows of an array to where they lie in the file."""
-        flat = memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+        flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         at = self._offsets[name] + row * (flat.nbytes // len(data))
         with _room(self._part, self.capacity):
             while flat.nbytes:
@@ -562,8 +563,8 @@ class LogitStoreWriter:
             last.counter,
             self._rows,
             last.sequences + new,
-            zlib.crc32(offsets.tobytes(), last.offsets_crc),
-            zlib.crc32(ids.tobytes(), last.ids_crc),
+            crc32_of(offsets, last.offsets_crc),
+            crc32_of(ids, last.ids_crc),
             tuple(self._open_crcs),
         )
         try:
@@ -585,7 +586,7 @@ class LogitStoreWriter:
         self._commit = commit
 
     def close(self) -> None:
-        """Commit, and finish the shard: it gets its name, and nothing more can be appended. A second call does nothing."""
+        """Commit, and finish the shard: it gets its name, and takes no more rows. A second call does nothing."""
         if self.closed:
             return
         self.commit()
@@ -659,7 +660,7 @@ class LogitStoreWriter:
         os.close(fd)
 
 
-def _refuse_foreign(kind: str, options: dict[str, dict[str, Any]]) -> None:
+def _refuse_foreign(kind: str, **options: dict[str, Any]) -> None:
     """Raise for an option of another kind, which would be ignored."""
     for owner, values in options.items():
         for name, value in values.items():
@@ -667,13 +668,18 @@ def _refuse_foreign(kind: str, options: dict[str, dict[str, Any]]) -> None:
                 raise DomainError(f"{name} is for kind={owner!r}, not for {kind!r}")
 
 
-def _texts(**values: str) -> dict[str, str]:
-    for name, value in values.items():
-        if not isinstance(value, str):
-            raise DTypeError(f"{name} must be a string, got {value!r}")
-        if name.endswith("sha256") and not re.fullmatch("([0-9a-f]{64})?", value):
-            raise DomainError(f"{name} must be 64 lower-case hexadecimal digits, got {value!r}")
-    return values
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise DTypeError(f"{name} must be a string, got {value!r}")
+    if "\0" in value:
+        raise DomainError(f"{name} must not have a null character, got {value!r}")
+    return value
+
+
+def _sha256(value: Any, name: str) -> str:
+    if not re.fullmatch("([0-9a-f]{64})?", _text(value, name)):
+        raise DomainError(f"{name} must be 64 lower-case hexadecimal digits, got {value!r}")
+    return str(value)
 
 
 def _row_seeds(seed: int, key: int, rows: int) -> NDArray[np.uint64]:
