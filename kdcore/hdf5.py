@@ -447,14 +447,20 @@ def _make_groups(file: Any, name: str) -> None:
             h5py.h5g.create(file.id, group.encode("utf-8"), gcpl=_timeless(h5py.h5p.GROUP_CREATE))
 
 
-def _create(path: Path) -> Any:
-    """A new file with nothing in it; the same contents later make the same bytes, whatever the version of h5py."""
+def _create(path: Path, over_locked: bool = False) -> Any:
+    """A new file with nothing in it; the same contents later make the same bytes, whatever the version of h5py.
+
+    ``over_locked``: in the place of a file that the caller has locked, without HDF5's own lock.
+    """
     creation, access = _timeless(h5py.h5p.FILE_CREATE), h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     # Format 1.8 has checksums on its metadata, and no open-for-write flag that a killed writer would leave behind.
     access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
     access.set_alignment(4096, 4096)  # so that arrays can be mapped, and read past the page cache
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
-    return h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_EXCL, fcpl=creation, fapl=access)
+    if over_locked:
+        access.set_file_locking(False, True)
+    flags = h5py.h5f.ACC_TRUNC if over_locked else h5py.h5f.ACC_EXCL
+    return h5py.h5f.create(os.fsencode(path), flags, fcpl=creation, fapl=access)
 
 
 @contextmanager
@@ -497,9 +503,9 @@ def create_preallocated(
 
     Nothing is written to the arrays, and HDF5 need not be asked again to do so: who knows where they begin writes to
     the file itself. Format 1.8 has checksums on the metadata, and no mark of a writer that was killed. The file
-    must not exist; its bytes are reserved by nobody yet.
+    is there already, locked by the caller, and is emptied; its bytes are reserved by nobody yet.
     """
-    with h5py.File(_create(path)) as file:
+    with h5py.File(_create(path, over_locked=True)) as file:
         _set_attributes(file, attributes)
         offsets = {}
         for name, (dtype, shape) in arrays.items():

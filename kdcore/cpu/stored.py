@@ -54,6 +54,8 @@ __all__ = [
 #: A rounded log-probability may exceed 0 by so much.
 _ABOVE_ZERO = 1e-3
 _LOG2_E = np.float32(math.log2(math.e))
+#: Below, a log-mass may have become -inf in float32.
+_LEAST = -3.3e38
 
 
 def packed_width(k, bits):
@@ -195,12 +197,12 @@ def _kernels(sources):
                     store_part(y, whole, k - whole, load_part(x, whole, k - whole, -math.inf, like) * inverse - shift)
 
     @njit(nogil=True, cache=True)
-    def check_kernel(values, ids, n_valid, tail, temperatures, vocab_size, tolerance, slack_of, seen):
+    def check_kernel(values, ids, n_valid, tail, temperatures, vocab_size, tolerance, unit, seen):
         """(code, row, entry, number, other) of the first row that is not as it must be; code 0: all are.
 
         tail [B, t] at the temperatures, of which the first is 1; of samples, which have no tail, [B, 0]. A row may
-        miss probability 1 by ``tolerance``, and the bounds of a tail's log-mass by what rounding moves, in proportion
-        to ``slack_of``. ``seen`` is scratch of a power of two beyond 2 k.
+        miss probability 1 by ``tolerance``; values are off by at most ``unit`` of themselves. ``seen`` is scratch of a
+        power of two beyond 2 k.
         """
         _ = sources
         values, ids, n_valid = borrowed(values), borrowed(ids), borrowed(n_valid)
@@ -251,9 +253,10 @@ def _kernels(sources):
                 return BAD_SUM, i, 0, total, math.exp(mass)
             for t in range(1, tail.shape[1]):
                 share, beta = np.float64(tail[i, t]), 1.0 / temperatures[t]
-                if (share == -math.inf) != (mass == -math.inf) or (mass > -math.inf and others == 0):
-                    return BAD_TAIL_AT, i, t, share, mass
-                if mass == -math.inf:
+                if mass == -math.inf or others == 0:
+                    # Either there is no tail, or its log-mass at 1 was beyond float32.
+                    if share > _LEAST * beta or (mass > -math.inf and others == 0):
+                        return BAD_TAIL_AT, i, t, share, mass
                     continue
                 # log Σ_tail p^(1/T), against what the mass at 1, the number of classes and the largest allow: none is
                 # likelier than the head's last, and evenly spread they give the most, for T > 1 (the least below).
@@ -262,8 +265,9 @@ def _kernels(sources):
                 even = (1.0 - beta) * math.log(np.float64(others)) + beta * mass
                 peaked = mass + (beta - 1.0) * above
                 low, high = (peaked, even) if beta < 1.0 else (even, peaked)
-                slack = slack_of * (1.0 + beta)
-                if not low - slack <= found <= high + slack:
+                # The head's sum and its last value are off by the rounding of values.
+                slack = 1e-2 + unit * abs(above) * (beta + abs(beta - 1.0)) + 1e-6 * abs(low)
+                if not (low - slack <= found or (share == -math.inf and low < _LEAST)) or found > high + slack:
                     return BAD_TAIL_AT, i, t, share, (low if found < low else high)
         return OK, 0, 0, 0.0, 0.0
 
@@ -326,12 +330,12 @@ def decode_rows(values, tail, temperature):
     return out
 
 
-def check_rows(values, ids, n_valid, tail, temperatures, vocab_size, tolerance, slack):
+def check_rows(values, ids, n_valid, tail, temperatures, vocab_size, tolerance, unit):
     """The first finding of :func:`check_kernel`."""
     seen = np.empty(1 << (2 * ids.shape[1]).bit_length(), np.int64)
     flat = _readable(raw_bits(values.reshape(-1)))
     return check_kernel(
-        flat, _readable(ids), _readable(n_valid), _readable(tail), temperatures, vocab_size, tolerance, slack, seen
+        flat, _readable(ids), _readable(n_valid), _readable(tail), temperatures, vocab_size, tolerance, unit, seen
     )
 
 

@@ -172,6 +172,11 @@ class Header:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
 
     @property
+    def unit(self) -> float:
+        """By which part of itself a value is off at most: half a unit in its last place."""
+        return {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}[self.value_dtype]
+
+    @property
     def tolerance(self) -> float:
         """By how much the probabilities of a row may miss 1.
 

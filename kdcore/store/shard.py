@@ -75,7 +75,7 @@ def check_rows(
             temperatures,
             header.vocab_size,
             header.tolerance,
-            max(2e-2, 2 * header.tolerance),
+            header.unit,
         )
         _raise(found, source, first, error)
 

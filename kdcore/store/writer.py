@@ -240,30 +240,22 @@ class LogitStoreWriter:
         arrays["seq/id"] = ("<u8", (capacity,))
         arrays["blocks/crc32"] = ("<u4", (-(-capacity // rows), len(columns)))
         arrays["commit"] = ("<u8", (2, 64))
-        new = self._part.with_name(
-            self._part.name + ".new"
-        )  # what a writer that is killed here leaves is its successor's
-        with self._taken(new, os.O_CREAT), contextlib.suppress(FileNotFoundError):
-            os.unlink(new)
-        with _room(self._part, capacity):
-            try:
-                offsets = create_preallocated(new, arrays, header.attributes())
-            except FileExistsError:
-                raise ShardBusyError(f"{self._part} is being created by another writer") from None
-            with contextlib.ExitStack() as on_failure:
-                on_failure.callback(os.unlink, new)
-                self._fd = os.open(new, os.O_RDWR)
-                on_failure.callback(self._release)
-                self._lock(new)
-                size = os.fstat(self._fd).st_size
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self._fd, 0, size)
-                self._adopt(header, capacity, offsets)
-                self._write("seq/offsets", 0, np.zeros(1, "<u8"))
-                self._write_commit()
-                self._refuse_present()  # whoever makes either of them has had the lock of ``new`` before
-                os.rename(new, self._part)
-                on_failure.pop_all()
+        # Whoever has locked this file may make the part of it. What a writer leaves that is killed here is overwritten.
+        new = self._part.with_name(self._part.name + ".new")
+        with _room(self._part, capacity), contextlib.ExitStack() as on_failure:
+            self._fd = os.open(new, os.O_RDWR | os.O_CREAT, 0o666)
+            on_failure.callback(self._release)
+            self._lock(new)
+            on_failure.callback(os.unlink, new)
+            self._refuse_present()
+            offsets = create_preallocated(new, arrays, header.attributes())
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._fd, 0, os.fstat(self._fd).st_size)
+            self._adopt(header, capacity, offsets)
+            self._write("seq/offsets", 0, np.zeros(1, "<u8"))
+            self._write_commit()
+            os.rename(new, self._part)
+            on_failure.pop_all()
         _sync_directory(self._part.parent)
 
     def _refuse_present(self) -> None:
@@ -335,7 +327,6 @@ class LogitStoreWriter:
                 self._continue(shard)
             if self._header.finalized:  # killed between the last commit and the rename
                 self._rename()
-                return self
             on_failure.pop_all()
         return self
 
@@ -644,16 +635,6 @@ class LogitStoreWriter:
             there = None
         if there is None or (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
             raise ShardBusyError(f"{path} was finished or replaced by another writer")
-
-    @contextmanager
-    def _taken(self, path: Path, flags: int) -> Iterator[None]:
-        """The file under ``path``, locked."""
-        self._fd = os.open(path, os.O_RDWR | flags, 0o666)
-        try:
-            self._lock(path)
-            yield
-        finally:
-            self._release()
 
     def _release(self) -> None:
         fd, self._fd = self._fd, -1
