@@ -447,15 +447,17 @@ def _make_groups(file: Any, name: str) -> None:
             h5py.h5g.create(file.id, group.encode("utf-8"), gcpl=_timeless(h5py.h5p.GROUP_CREATE))
 
 
-def _create(path: Path, over_locked: bool = False) -> Any:
+def _create(path: Path, *, aligned: bool = True, over_locked: bool = False) -> Any:
     """A new file with nothing in it; the same contents later make the same bytes, whatever the version of h5py.
 
-    ``over_locked``: in the place of a file that the caller has locked, without HDF5's own lock.
+    ``aligned``: arrays begin at pages, so that they can be mapped, and read past the page cache. ``over_locked``: in the
+    place of a file that the caller has locked, without HDF5's own lock.
     """
     creation, access = _timeless(h5py.h5p.FILE_CREATE), h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     # Format 1.8 has checksums on its metadata, and no open-for-write flag that a killed writer would leave behind.
     access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
-    access.set_alignment(4096, 4096)  # so that arrays can be mapped, and read past the page cache
+    if aligned:
+        access.set_alignment(4096, 4096)
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
     if over_locked:
         access.set_file_locking(False, True)
@@ -464,7 +466,7 @@ def _create(path: Path, over_locked: bool = False) -> Any:
 
 
 @contextmanager
-def _replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
+def _replacing(path: str | os.PathLike[str], *, aligned: bool = True) -> Iterator[Any]:
     """A new HDF5 file that takes the place of ``path`` when the block ends, and vanishes when it fails.
 
     The file is on disk before its name is, so that after a crash ``path`` is the old file or the new one.
@@ -476,7 +478,7 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise FileNotFoundError(f"{final.parent} is not a directory, so {final.name} cannot be written there")
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
     try:
-        with h5py.File(_create(temporary)) as file:
+        with h5py.File(_create(temporary, aligned=aligned)) as file:
             yield file
         _fsync(temporary)
         os.replace(temporary, final)
@@ -541,7 +543,7 @@ def write_compressed(
 
     Byte-shuffled, deflated and checked by fletcher32, which every HDF5 library reads.
     """
-    with _replacing(path) as file:
+    with _replacing(path, aligned=False) as file:
         _set_attributes(file, attributes)
         for name, (dtype, shape, blocks) in arrays.items():
             _make_groups(file, name)
