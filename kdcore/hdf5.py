@@ -450,8 +450,8 @@ def _make_groups(file: Any, name: str) -> None:
 def _create(path: Path, *, aligned: bool = True, over_locked: bool = False) -> Any:
     """A new file with nothing in it; the same contents later make the same bytes, whatever the version of h5py.
 
-    ``aligned``: arrays begin at pages, so that they can be mapped, and read past the page cache. ``over_locked``: in the
-    place of a file that the caller has locked, without HDF5's own lock.
+    ``aligned``: arrays begin at pages, so that they can be mapped, and read past the page cache. ``over_locked``: in
+    the place of a file that the caller has locked, without HDF5's own lock.
     """
     creation, access = _timeless(h5py.h5p.FILE_CREATE), h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     # Format 1.8 has checksums on its metadata, and no open-for-write flag that a killed writer would leave behind.

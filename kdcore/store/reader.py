@@ -20,20 +20,22 @@ from kdcore.errors import (
     DomainError,
     DTypeError,
     FileFormatError,
+    KdcoreError,
     MisalignedRowsError,
     MissingRowError,
     ProvenanceError,
     ShapeError,
     VocabularyMismatchError,
 )
+from kdcore.hdf5 import SafeFile
 from kdcore.sequences import content_key
 from kdcore.sparse import SampledRows, TopKRows
 from kdcore.store.encoding import as_head, float32_of, head_fingerprint, ids_of, values_of
 from kdcore.store.manifest import Manifest, read_manifest
-from kdcore.store.schema import Header
+from kdcore.store.schema import FORMAT, Header
 from kdcore.store.shard import Shard
 
-__all__ = ["LogitStore", "StoredSequence"]
+__all__ = ["LogitStore", "StoredSequence", "is_store"]
 
 #: Classes whose logits are made of hidden states at a time.
 _HEAD_BLOCK = 8192
@@ -478,6 +480,21 @@ class LogitStore:
                 np.tanh(block, out=block)
                 block *= cap
         return logits
+
+
+def is_store(path: Any) -> bool:
+    """Whether there is a store under a path: a shard by its format, or a manifest. Other files are not an error."""
+    place = file_path(path, "path")
+    if not place.is_file():
+        return False
+    with open(place, "rb") as file:
+        if file.read(256).lstrip()[:1] == b"{":
+            return True
+    try:
+        with SafeFile(place, locking=False) as shard:
+            return shard.attribute("/", "format", str) == FORMAT
+    except (KdcoreError, OSError):
+        return False
 
 
 def _reopened(path: Path, options: dict[str, Any], store_uuid: str, rows: int) -> LogitStore:
