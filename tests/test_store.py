@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +19,7 @@ from kdcore.errors import (
     CapacityError,
     ClosedShardError,
     DeviceMismatchError,
+    DeviceUnavailableError,
     DomainError,
     DTypeError,
     FileFormatError,
@@ -174,8 +176,10 @@ def test_any_rows_come_back(tmp_path_factory, data):
                 np.testing.assert_allclose(found.log_probs[i, :n], log_probs[i, :n], rtol=2e-6, atol=3e-6)
 
 
-def test_dense_rows(tmp_path, teacher):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_dense_rows(tmp_path, teacher, dtype):
     sequences, logits = teacher
+    logits = [rows.astype(dtype) for rows in logits]
     for value_dtype, bound in (("float16", 2.0**-11), ("bfloat16", 2.0**-8), ("float32", 1e-6)):
         path = tmp_path / f"{value_dtype}.h5"
         with write(path, sequences, logits, vocab_size=300, kind="dense", value_dtype=value_dtype) as store:
@@ -183,7 +187,8 @@ def test_dense_rows(tmp_path, teacher):
             for ids, rows in zip(sequences, logits, strict=True):
                 found = store.sequence(ids, 2.0)
                 assert found.dtype == np.float32 and found.shape == rows.shape
-                expected = rows - np.log(np.exp(rows.astype(np.float64)).sum(axis=1, keepdims=True))
+                expected = rows.astype(np.float64)
+                expected -= np.log(np.exp(expected).sum(axis=1, keepdims=True))
                 np.testing.assert_allclose(found, expected, rtol=bound, atol=1e-6)
                 np.testing.assert_array_equal(found, store.sequence(ids))  # logits, whatever they are divided by
 
@@ -465,16 +470,20 @@ def test_what_cannot_be_appended(tmp_path):
         store.verify()
 
 
-def test_device_arrays_are_refused_by_name(tmp_path):
+def test_device_arrays_without_pytorch(tmp_path, monkeypatch):
     class OnDevice:
         @property
         def __cuda_array_interface__(self):
             return {"shape": (1, 9), "typestr": "<f4", "data": (0, True), "version": 3}
 
+    monkeypatch.setitem(sys.modules, "torch", None)
     with kdcore.LogitStoreWriter(tmp_path / "t.h5", vocab_size=9, k=3, capacity=5) as writer:
-        with pytest.raises(DeviceMismatchError, match=r"LogitStoreWriter.append .*logits"):
+        with pytest.raises(DeviceUnavailableError, match=r"kdcore\[torch\].*or copy them to the host"):
             writer.append([1], OnDevice())
         writer.append([1], np.zeros((1, 9), np.float32))
+    writer = kdcore.LogitStoreWriter(tmp_path / "s.h5", vocab_size=9, kind="sampled", draws=3, capacity=5)
+    with writer, pytest.raises(DeviceMismatchError, match="draws from logits on the host"):
+        writer.append([1], OnDevice())
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,11 @@ from kdcore._version import __version__
 from kdcore.arguments import as_logits, check_logits
 from kdcore.checks import choice, file_path, integer, number_in, positive_number
 from kdcore.cpu.selection import draw_rows, select_rows
-from kdcore.engines import Engine, host_engine
+from kdcore.engines import Engine, host_engine, on_device
 from kdcore.errors import (
     CapacityError,
     ClosedShardError,
+    DeviceMismatchError,
     DiskFullError,
     DomainError,
     DTypeError,
@@ -46,6 +47,7 @@ from kdcore.hdf5 import create_preallocated, set_integer
 from kdcore.ops import log_softmax
 from kdcore.sequences import content_key
 from kdcore.sparse import TopKRows
+from kdcore.store.device import as_tensor, host_copy, log_softmax_tensor, select_tensor
 from kdcore.store.encoding import as_head, encode_ids, encode_values, head_fingerprint
 from kdcore.store.schema import (
     KINDS,
@@ -387,8 +389,9 @@ class LogitStoreWriter:
     def append(self, input_ids: Any, logits: Any) -> None:
         """Add one sequence: token ids [L] and logits [L, V], of which row t predicts token t + 1. Nothing or all of it.
 
-        Logits are float32, float64, float16 or bfloat16 (of "hidden": hidden states [L, d]), on the host. They are
-        read once; what a row had beyond what is kept is gone.
+        Logits are float32, float64, float16 or bfloat16 (of "hidden": hidden states [L, d]), on the host, or on a
+        device: then PyTorch selects the classes there (extra ``torch``; not of "sampled"), and only what is stored is
+        copied. They are read once; what a row had beyond what is kept is gone.
 
         Raises
         ------
@@ -400,14 +403,18 @@ class LogitStoreWriter:
             The sequence is there already.
         VocabularyMismatchError, ShapeError, DTypeError, DomainError
             Rows of another width; shapes that disagree; a value that ``value_dtype`` cannot hold.
-        DiskFullError, ClosedShardError, DeviceMismatchError
-            Arrays on a device are not read; copy them to the host, or give the rows that were selected there to
+        DeviceMismatchError, DeviceUnavailableError
+            Logits on a device for a "sampled" store, or without PyTorch. Rows that were selected by other means go to
             :meth:`append_rows`.
+        DiskFullError, ClosedShardError
         """
         ids, key = self._admit(input_ids)
         if self._header.tail_source == "derived":
             raise DomainError("a store with derived tails takes append_rows alone: of logits the tail is known")
-        engine = host_engine("LogitStoreWriter.append", {"logits": logits}, self._threads)
+        if on_device(logits):
+            self._put(ids, key, self._from_device(logits, ids.size))
+            return
+        engine = host_engine("LogitStoreWriter.append", {}, self._threads)
         rows = as_logits(engine, logits, "logits")
         self._check_shape(rows.shape, ids.size)
         self._put(ids, key, self._encoded(np.ascontiguousarray(rows), ids.size, key, engine))
@@ -490,14 +497,36 @@ class LogitStoreWriter:
             values = encode_values(flat, header.value_dtype, "logits")
             return [values, np.concatenate(encoded, axis=1), n_valid.astype("<u2")]
         if header.kind == "dense":
-            values = log_softmax(logits, threads=threads, validate=True).astype(np.float32, copy=False)
+            values = np.empty(logits.shape, np.float32)  # whatever the logits are
+            log_softmax(logits, out=values, threads=threads, validate=True)
             return [encode_values(values, header.value_dtype, "logits")]
-        states = logits.astype(np.float32)
+        return self._hidden_columns(logits)
+
+    def _from_device(self, logits: Any, length: int) -> list[NDArray[Any]]:
+        """As :meth:`_encoded`, of logits on a device."""
+        header = self._header
+        if header.kind == "sampled":
+            raise DeviceMismatchError(
+                "a store of kind 'sampled' draws from logits on the host, and these are on a device"
+            )
+        tensor = as_tensor(logits)
+        self._check_shape(tuple(tensor.shape), length)
+        if header.kind == "topk":
+            return self._topk_columns(*select_tensor(tensor, header.k, header.temperatures))
+        if header.kind == "dense":
+            return [encode_values(log_softmax_tensor(tensor), header.value_dtype, "logits")]
+        return self._hidden_columns(host_copy(tensor))
+
+    def _hidden_columns(self, given: NDArray[Any]) -> list[NDArray[Any]]:
+        with np.errstate(over="ignore"):
+            states = given.astype(np.float32)
         bad = np.argwhere(~np.isfinite(states))
         if bad.size:
             row, column = bad[0]
-            raise NonFiniteError(f"logits[{row}, {column}] is {states[row, column]}: hidden states must be finite")
-        return [encode_values(states, header.value_dtype, "logits")]
+            raise NonFiniteError(
+                f"logits[{row}, {column}] is {given[row, column]}: hidden states must be finite in float32"
+            )
+        return [encode_values(states, self._header.value_dtype, "logits")]
 
     def _topk_columns(
         self,
