@@ -132,6 +132,7 @@ class LogitStore:
             np.concatenate([[0], np.cumsum(np.array(column, np.int64))]) for column in zip(*counts, strict=True)
         )
         self._head: NDArray[Any] | None = None
+        self._by_key: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
         self._check_expectations()
 
     def _check_expectations(self) -> None:
@@ -371,22 +372,27 @@ class LogitStore:
 
     def _find(self, input_ids: Any) -> tuple[int, slice]:
         key = content_key(input_ids)
-        for i in range(len(self._shards)):
-            shard = self._shard(i)
-            place = shard.find(key)
-            if place is None:
-                continue
-            start, stop = shard.bounds(place)
-            _check_run(shard, start, stop)
-            stored, given = shard.run("rows/input_id", start, stop), np.asarray(input_ids)
-            if not np.array_equal(stored, given):
-                raise FileFormatError(
-                    f"{shard.path}: 'seq/id', row {place}: the {given.size} given tokens have the key {key}, "
-                    f"under which rows {start} to {stop - 1} keep {_shown(stored)} instead of {_shown(given)}: "
-                    "the keys collide, or the file is damaged"
-                )
-            return i, slice(start, stop)
-        raise MissingRowError(f"{self.path} has no sequence of the tokens {_shown(np.asarray(input_ids))} (key {key})")
+        if self._by_key is None:  # of all shards, so that a store of a thousand is asked once
+            keys = np.concatenate([self._shard(i).keys() for i in range(len(self._shards))])
+            order = np.argsort(keys, kind="stable")
+            self._by_key = keys[order], order
+        keys, order = self._by_key
+        place = int(np.searchsorted(keys, np.uint64(key)))
+        given = np.asarray(input_ids)
+        if place == keys.size or keys[place] != key:
+            raise MissingRowError(f"{self.path} has no sequence of the tokens {_shown(given)} (key {key})")
+        sequence = int(order[place])
+        i, (start, stop) = self._bounds(sequence)
+        shard = self._shard(i)
+        _check_run(shard, start, stop)
+        stored = shard.run("rows/input_id", start, stop)
+        if not np.array_equal(stored, given):
+            raise FileFormatError(
+                f"{shard.path}: 'seq/id', row {sequence - int(self._sequence_starts[i])}: the {given.size} given tokens "
+                f"have the key {key}, under which rows {start} to {stop - 1} keep {_shown(stored)} instead of "
+                f"{_shown(given)}: the keys collide, or the file is damaged"
+            )
+        return i, slice(start, stop)
 
     def _bounds(self, sequence: int) -> tuple[int, tuple[int, int]]:
         i = int(np.searchsorted(self._sequence_starts, sequence, side="right")) - 1
@@ -562,7 +568,17 @@ def _ahead(read: Callable[[int], StoredSequence], numbers: Iterable[int], prefet
     thread = threading.Thread(target=work, name="kdcore-store", daemon=True)
     thread.start()
     try:
-        while (result := results.get()) is not None:
+        while True:
+            try:
+                result = results.get(timeout=1)
+            except queue.Empty:
+                if thread.is_alive():
+                    continue
+                raise RuntimeError(
+                    "the thread that reads ahead stayed behind when the process forked: call shuffled in the fork"
+                ) from None
+            if result is None:
+                return
             if isinstance(result, BaseException):
                 raise result
             yield result

@@ -114,7 +114,6 @@ class Shard:
             on_failure.pop_all()
         self._checked = bytearray(-(-self.rows // self.header.block_rows))
         self._sequences_checked = False
-        self._by_key: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
         if not self.compressed:  # all of it is mapped
             self._file.close()
 
@@ -252,16 +251,6 @@ class Shard:
                     )
             self._sequences_checked = True
         return keys
-
-    def find(self, key: int) -> int | None:
-        """The sequence that has a key, or None."""
-        if self._by_key is None:
-            keys = self.keys()
-            order = np.argsort(keys, kind="stable")
-            self._by_key = keys[order], order
-        keys, order = self._by_key
-        place = int(np.searchsorted(keys, np.uint64(key)))
-        return int(order[place]) if place < keys.size and keys[place] == key else None
 
     def bounds(self, sequence: int) -> tuple[int, int]:
         """The first row of a sequence, and the one behind its last."""
