@@ -33,6 +33,7 @@ from kdcore.errors import (
     VocabularyMismatchError,
 )
 from kdcore.sparse import SampledRows, TopKRows
+from kdcore.store.encoding import encode_values
 
 TEMPERATURES = (1.0, 2.0, 0.5)
 
@@ -603,3 +604,12 @@ def test_a_key_that_two_sequences_share(tmp_path, teacher, monkeypatch):
         monkeypatch.setattr("kdcore.store.reader.content_key", lambda ids: key)
         with pytest.raises(FileFormatError, match="the keys collide"):
             store.sequence(sequences[1])
+
+
+def test_bfloat16_is_rounded_to_nearest_even():
+    values = np.random.default_rng(7).normal(size=5000).astype(np.float32) * 10
+    values[:4] = np.array([0x3F808000, 0x3F818000, 0xBF808001, 0xFF800000], np.uint32).view(np.float32)  # ties, -inf
+    expected = values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    np.testing.assert_array_equal(encode_values(values, "bfloat16", "x"), expected)
+    with pytest.raises(DomainError, match=r"x\[0\] has the value -3.39.*bfloat16 cannot hold"):
+        encode_values(np.array([-3.3999e38], np.float32), "bfloat16", "x")

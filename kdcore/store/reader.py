@@ -388,9 +388,9 @@ class LogitStore:
         stored = shard.run("rows/input_id", start, stop)
         if not np.array_equal(stored, given):
             raise FileFormatError(
-                f"{shard.path}: 'seq/id', row {sequence - int(self._sequence_starts[i])}: the {given.size} given tokens "
-                f"have the key {key}, under which rows {start} to {stop - 1} keep {_shown(stored)} instead of "
-                f"{_shown(given)}: the keys collide, or the file is damaged"
+                f"{shard.path}: 'seq/id', row {sequence - int(self._sequence_starts[i])}: the {given.size} given "
+                f"tokens have the key {key}, under which rows {start} to {stop - 1} keep {_shown(stored)} instead "
+                f"of {_shown(given)}: the keys collide, or the file is damaged"
             )
         return i, slice(start, stop)
 
