@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import re
 import uuid
@@ -250,9 +251,11 @@ class LogitStoreWriter:
             self._lock(new)
             on_failure.callback(os.unlink, new)
             self._refuse_present()
+            # Asked for before HDF5 makes the file, which some of its versions do not survive without the room, and again
+            # afterwards, since HDF5 begins by emptying the file.
+            self._reserve(sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in arrays.values()))
             offsets = create_preallocated(new, arrays, header.attributes())
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._fd, 0, os.fstat(self._fd).st_size)
+            self._reserve(os.fstat(self._fd).st_size)
             self._adopt(header, capacity, offsets)
             self._write("seq/offsets", 0, np.zeros(1, "<u8"))
             self._write_commit()
@@ -664,6 +667,11 @@ class LogitStoreWriter:
             there = None
         if there is None or (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
             raise ShardBusyError(f"{path} was finished or replaced by another writer")
+
+    def _reserve(self, size: int) -> None:
+        """Have the disk set so many bytes aside: HDF5 alone would leave a hole, and the disk might be full later."""
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self._fd, 0, size)
 
     def _release(self) -> None:
         fd, self._fd = self._fd, -1
