@@ -15,6 +15,7 @@ import mmap
 import os
 import secrets
 import stat
+import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -157,6 +158,7 @@ class SafeFile:
         self.path = file_path(path, "path").absolute()
         self.max_bytes = max_bytes
         self._locking = {} if locking else {"locking": False}
+        self._mapping: mmap.mmap | None = None
         self._open()
 
     def _open(self) -> None:
@@ -177,6 +179,13 @@ class SafeFile:
     def descriptor(self) -> int:
         """The file descriptor that HDF5 reads from."""
         return int(self._file.id.get_vfd_handle())
+
+    def mapping(self) -> mmap.mmap:
+        """All of the file in memory: one mapping for all arrays, since each may hold a descriptor."""
+        if self._mapping is None:
+            untracked: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+            self._mapping = mmap.mmap(self.descriptor, self.size, access=mmap.ACCESS_READ, **untracked)
+        return self._mapping
 
     @contextmanager
     def _reading(self, where: str) -> Iterator[Any]:
@@ -388,10 +397,7 @@ class StoredArray:
         if math.prod(shape) == 0:
             self.mapped = np.empty(shape, dtype)
         elif offset is not None:
-            begin = offset - offset % mmap.ALLOCATIONGRANULARITY
-            end = offset + math.prod(shape) * dtype.itemsize
-            view = mmap.mmap(file.descriptor, end - begin, access=mmap.ACCESS_READ, offset=begin)
-            self.mapped = np.frombuffer(view, dtype, math.prod(shape), offset - begin).reshape(shape)
+            self.mapped = np.frombuffer(file.mapping(), dtype, math.prod(shape), offset).reshape(shape)
 
     def read(self) -> NDArray[Any]:
         """A copy of the whole array."""

@@ -53,7 +53,9 @@ def textbook(logits, k, temperature):
 
 
 def write(path, sequences, logits, **options):
-    options = {"capacity": sum(map(len, sequences)), "temperatures": TEMPERATURES} | options
+    options = {"capacity": sum(map(len, sequences))} | options
+    if options.get("kind", "topk") in ("topk", "sampled"):
+        options.setdefault("temperatures", TEMPERATURES)
     with kdcore.LogitStoreWriter(path, **options) as writer:
         for ids, rows in zip(sequences, logits, strict=True):
             writer.append(ids, rows)
@@ -503,6 +505,9 @@ def test_device_arrays_without_pytorch(tmp_path, monkeypatch):
         ({"draws": 4}, DomainError, "draws is for kind='sampled'"),
         ({"head": np.ones((9, 2))}, DomainError, "head is for kind='hidden'"),
         ({"kind": "dense", "k": 3}, DomainError, "k is for kind='topk'"),
+        ({"kind": "dense", "temperatures": (1.0, 3.0)}, DomainError, "no use with kind='dense'"),
+        ({"tail_source": "derived", "temperatures": (4.0,)}, DomainError, "no use with derived tails"),
+        ({"threads": 0}, DomainError, "threads"),
         ({"kind": "sampled"}, DomainError, "needs draws"),
         ({"kind": "hidden"}, DomainError, "needs head"),
         ({"kind": "hidden", "head": np.ones((8, 2))}, ShapeError, r"\[9, d\]"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 
@@ -73,6 +74,15 @@ def test_many_shards_are_one_store(folder):
         with pytest.raises(MissingRowError):
             store.sequence([1, 2, 3])
         store.verify()
+
+
+def test_a_shard_takes_one_descriptor(folder):
+    """A store of hundreds of shards stays below the usual limit of 1024."""
+    write_manifest(folder)
+    before = len(os.listdir("/proc/self/fd"))
+    with kdcore.LogitStore(folder / "manifest.json") as store:
+        store.read(slice(None))
+        assert len(os.listdir("/proc/self/fd")) - before <= 3
 
 
 def edited(folder, **changes):

@@ -29,7 +29,7 @@ from kdcore._version import __version__
 from kdcore.arguments import as_logits, check_logits
 from kdcore.checks import choice, file_path, integer, number_in, positive_number
 from kdcore.cpu.selection import draw_rows, select_rows
-from kdcore.engines import Engine, host_engine, on_device
+from kdcore.engines import Engine, host_engine, on_device, resolve_threads
 from kdcore.errors import (
     CapacityError,
     ClosedShardError,
@@ -69,6 +69,8 @@ from kdcore.store.shard import Shard, check_rows
 __all__ = ["LogitStoreWriter"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: By default: those of most recipes.
+_TEMPERATURES = (1.0, 2.0)
 _FIRST_OFFSET_CRC = zlib.crc32(bytes(8))
 
 
@@ -144,7 +146,7 @@ class LogitStoreWriter:
         vocab_size: int,
         kind: str = "topk",
         k: int | None = None,
-        temperatures: Iterable[float] = (1.0, 2.0),
+        temperatures: Iterable[float] = _TEMPERATURES,
         capacity: int,
         block_rows: int | None = None,
         value_dtype: str = "float16",
@@ -196,6 +198,12 @@ class LogitStoreWriter:
             head = as_head(head, vocab_size)
             width, fingerprint = head.shape[1], head_fingerprint(head)
         sparse = kind in ("topk", "sampled")
+        stored_at = as_temperatures(temperatures)
+        if not sparse or tail_source == "derived":
+            if stored_at not in ((1.0,), as_temperatures(_TEMPERATURES)):
+                kept = f"kind={kind!r}" if not sparse else "derived tails"
+                raise DomainError(f"temperatures={stored_at} are of no use with {kept}, which are stored at 1 alone")
+            stored_at = (1.0,)
         bits = bits_for(vocab_size) if sparse else 0
         header = Header(
             kind=kind,
@@ -204,7 +212,7 @@ class LogitStoreWriter:
             value_dtype=value_dtype,
             index_encoding=("uint16" if bits <= 16 else "packed") if sparse else "none",
             index_bits=bits,
-            temperatures=as_temperatures(temperatures if tail_source == "producer" else ()) if sparse else (1.0,),
+            temperatures=stored_at,
             tail_source=tail_source if kind == "topk" else "none",
             block_rows=1,
             head_k=head_k,
@@ -251,8 +259,8 @@ class LogitStoreWriter:
             self._lock(new)
             on_failure.callback(os.unlink, new)
             self._refuse_present()
-            # Asked for before HDF5 makes the file, which some of its versions do not survive without the room, and again
-            # afterwards, since HDF5 begins by emptying the file.
+            # Asked for before HDF5 makes the file, since some of its versions do not survive that there is no room; and
+            # again afterwards, since HDF5 begins by emptying the file.
             self._reserve(sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in arrays.values()))
             offsets = create_preallocated(new, arrays, header.attributes())
             self._reserve(os.fstat(self._fd).st_size)
@@ -280,8 +288,7 @@ class LogitStoreWriter:
                 f"{self.path.parent} is not a directory, so {self.path.name} cannot be written there"
             )
         self._part = self.path.with_name(self.path.name + PART)
-        self._engine: Engine = host_engine("LogitStoreWriter", {}, threads)
-        self._threads = threads
+        self._threads = None if threads is None else resolve_threads(threads)
         self._pid = os.getpid()
         self._fd = -1
 
@@ -316,14 +323,14 @@ class LogitStoreWriter:
         """
         self = cls.__new__(cls)
         self._start(path, threads)
-        if self.path.exists():
+        with contextlib.suppress(FileNotFoundError):
+            self._fd = os.open(self._part, os.O_RDWR)
+        if self.closed:
+            if not self.path.exists():
+                raise FileNotFoundError(f"there is neither {self.path} nor {self._part}")
             with Shard(self.path) as shard:
                 self._continue(shard)
             return self
-        try:
-            self._fd = os.open(self._part, os.O_RDWR)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"there is neither {self.path} nor {self._part}") from None
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._release)
             self._lock(self._part)
