@@ -108,4 +108,5 @@ def content_key(ids: Any) -> int:
         outside = values[(values < 0) | (values >= 1 << 32)]
         if outside.size:
             raise DomainError(f"the token id {outside[0]} is outside [0, 2**32)")
-    return int.from_bytes(hashlib.blake2b(values.astype("<u4").tobytes(), digest_size=8).digest(), "little")
+    data = values.astype("<u4", copy=False).tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
