@@ -524,6 +524,16 @@ def test_arguments_of_the_writer(tmp_path, options, error, words):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_finite_logits_whose_log_probability_is_not(tmp_path):
+    logits = np.array([[3e38, -3e38, 0]], np.float32)
+    writer = kdcore.LogitStoreWriter(tmp_path / "t.h5", vocab_size=3, k=3, capacity=3, value_dtype="float32")
+    with writer, pytest.raises(DomainError, match=r"logits\[0, 1\] is so far below"):
+        writer.append([1], logits)
+    with write(tmp_path / "u.h5", [[1]], [logits], vocab_size=3, k=2, value_dtype="float32") as store:
+        assert store.read(0).log_probs.tolist() == [[0.0, np.float32(-3e38)]]
+        store.verify()
+
+
 def test_paths_of_the_writer(tmp_path):
     path = tmp_path / "t.h5"
     with pytest.raises(DomainError, match="without '.part'"):

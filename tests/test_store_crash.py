@@ -22,6 +22,7 @@ from kdcore.errors import (
     ShardBusyError,
     ShardExistsError,
 )
+from kdcore.store.convert import repack
 
 VOCAB = 40
 #: Kills at random moments; they take some 40 milliseconds each.
@@ -345,6 +346,16 @@ def test_a_damaged_part_is_not_resumed(tmp_path):
     part.write_bytes(part.read_bytes()[:1000])
     with pytest.raises(FileFormatError):
         kdcore.LogitStoreWriter.resume(path)
+
+
+def test_an_archive_is_not_gone_on_with(tmp_path):
+    path = tmp_path / "t.h5"
+    with make(path, capacity=2000) as writer:
+        ids = np.arange(2000)
+        writer.append(ids, logits_of(ids))
+    repack(path, tmp_path / "a.h5").rename(tmp_path / "b.h5.part")
+    with pytest.raises(FileFormatError, match="b.h5.part has compressed arrays"):
+        kdcore.LogitStoreWriter.resume(tmp_path / "b.h5")
 
 
 def test_capacity_overrun_keeps_what_is_there(tmp_path):

@@ -37,6 +37,7 @@ from kdcore.errors import (
     DiskFullError,
     DomainError,
     DTypeError,
+    FileFormatError,
     NonFiniteError,
     RepeatedSequenceError,
     ShapeError,
@@ -335,6 +336,8 @@ class LogitStoreWriter:
             on_failure.callback(self._release)
             self._lock(self._part)
             with Shard(self._part, recover=True) as shard:
+                if shard.compressed:
+                    raise FileFormatError(f"{self._part} has compressed arrays, to which nothing can be appended")
                 shard.check_open_block()
                 self._continue(shard)
             if self._header.finalized:  # killed between the last commit and the rename
@@ -545,6 +548,13 @@ class LogitStoreWriter:
         n_valid: NDArray[np.int32],
         tail: NDArray[np.float32],
     ) -> list[NDArray[Any]]:
+        lost = np.argwhere(np.isneginf(log_probs) & (np.arange(self._header.k) < n_valid[:, None]))
+        if lost.size:
+            row, entry = lost[0]
+            raise DomainError(
+                f"logits[{row}, {indices[row, entry]}] is so far below the largest of its row that its log-probability "
+                "is -inf in float32: a class without support has the logit -inf"
+            )
         values = encode_values(log_probs, self._header.value_dtype, "logits")
         return [values, encode_ids(indices, self._header), tail.astype("<f4", copy=False), n_valid.astype("<u2")]
 
