@@ -263,9 +263,10 @@ class LogitStore:
         """
         self._check_open()
         runs = self._runs(rows)
-        if input_ids is not None:
+        found = self._decoded(runs, temperature, renormalize)
+        if input_ids is not None:  # behind the check of blocks, so that damaged tokens are called damaged
             self._check_alignment(runs, input_ids)
-        return self._decoded(runs, temperature, renormalize)
+        return found
 
     def sequence(self, input_ids: Any, temperature: float = 1.0, *, renormalize: bool = False) -> Rows:
         """The rows of one sequence, found by its tokens [L]: L rows, of which row t is about what follows token t.
@@ -409,7 +410,7 @@ class LogitStore:
         if wrong.size:
             at = int(wrong[0])
             raise MisalignedRowsError(
-                f"{self.path}: 'rows/input_id': the {at}th of the rows asked for is behind the token {stored[at]}, but "
+                f"{self.path}: 'rows/input_id': row {at} of those asked for is behind the token {stored[at]}, but "
                 f"input_ids[{at}] is {given[at]}: the batch is shifted, or was packed otherwise"
             )
 
