@@ -10,10 +10,11 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from kdcore._version import __version__
 from kdcore.bench import PARTS
-from kdcore.errors import KdcoreError
+from kdcore.errors import DomainError, KdcoreError
 
 __all__ = ["main"]
 
@@ -76,9 +77,135 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=_bench)
 
+    _add_store_commands(commands)
+
     info = commands.add_parser("info", help="show versions, devices, threads, and the engine that would run")
     info.set_defaults(run=_info)
     return parser
+
+
+def _add_store_commands(commands: Any) -> None:
+    store = commands.add_parser(
+        "store",
+        help="look at, check, tie together and convert stores of a teacher's answers",
+        description="Stores of a teacher's answers: shards that kdcore.LogitStoreWriter writes, and manifests of them.",
+    )
+    verbs = store.add_subparsers(required=True, metavar="VERB")
+
+    inspect = verbs.add_parser("inspect", help="show what a shard or a manifest holds")
+    inspect.add_argument("path", metavar="STORE")
+    inspect.add_argument("--recover", action="store_true", help="read an unfinished shard up to its last commit")
+    inspect.add_argument("--plot", metavar="FILE", help="save a plot of how tail masses are distributed")
+    inspect.set_defaults(run=_store_inspect)
+
+    verify = verbs.add_parser("verify", help="check every checksum and every row")
+    verify.add_argument("path", metavar="STORE")
+    verify.add_argument("--recover", action="store_true", help="check an unfinished shard up to its last commit")
+    verify.set_defaults(run=_store_verify)
+
+    manifest = verbs.add_parser("manifest", help="tie the shards of a directory together")
+    manifest.add_argument("directory", metavar="DIR")
+    manifest.set_defaults(run=_store_manifest)
+
+    repack = verbs.add_parser("repack", help="write the compressed archive form of a shard")
+    repack.add_argument("source", metavar="SHARD")
+    repack.add_argument("target", metavar="TARGET")
+    repack.set_defaults(run=_store_repack)
+
+    imports = verbs.add_parser("import", help="make a shard of another program's file")
+    imports.add_argument("source", metavar="SOURCE", help="an HDF5 or Parquet file, or a directory of Parquet files")
+    imports.add_argument("target", metavar="SHARD")
+    imports.add_argument("--format", required=True, choices=("dense", "distillkit", "axolotl"), dest="layout")
+    imports.add_argument("--dataset", default="logits", help="dense: the dataset of logits (default: %(default)s)")
+    imports.add_argument("--tokens", default="input_ids", help="dense: that of token ids (default: %(default)s)")
+    imports.add_argument("--offsets", help="dense: that of where sequences begin and end, of logits [rows, V]")
+    imports.add_argument("--config", metavar="FILE", help="distillkit: its compression_config.yaml")
+    imports.add_argument("--vocab-size", type=int, metavar="V", help="axolotl, required: classes of the teacher")
+    imports.add_argument("--k", type=int, help="classes kept of a row (default: 64; of distillkit all)")
+    imports.add_argument(
+        "--temperature", type=float, action="append", metavar="T", help="dense: may be repeated (default: 1 and 2)"
+    )
+    imports.add_argument("--skip-incomplete", action="store_true", help="axolotl: leave out sequences with gaps")
+    imports.add_argument("--teacher", default="", help="a note of where the rows come from")
+    imports.set_defaults(run=_store_import)
+
+
+def _store_inspect(options: argparse.Namespace) -> None:
+    from kdcore.store.inspection import describe, plot_tails
+    from kdcore.store.reader import LogitStore
+
+    with LogitStore(options.path, recover=options.recover) as store:
+        print(describe(store))
+        if options.plot is not None:
+            print(f"plot: {plot_tails(store, options.plot)}")
+
+
+def _store_verify(options: argparse.Namespace) -> None:
+    from kdcore.store.reader import LogitStore
+
+    with LogitStore(options.path, recover=options.recover) as store:
+        store.verify()
+        print(f"{options.path}: {len(store):,} rows in {store.sequences:,} sequences, all as they were written")
+
+
+def _store_manifest(options: argparse.Namespace) -> None:
+    from kdcore.store.manifest import write_manifest
+
+    print(f"written: {write_manifest(options.directory)}")
+
+
+def _store_repack(options: argparse.Namespace) -> None:
+    from kdcore.store.convert import repack
+
+    before = os.path.getsize(options.source)
+    target = repack(options.source, options.target)
+    print(f"written: {target}, {target.stat().st_size / before:.0%} of {before:,} bytes")
+
+
+def _store_import(options: argparse.Namespace) -> None:
+    from kdcore.store.convert import import_axolotl, import_dense, import_distillkit
+
+    foreign = {
+        "dense": ("offsets", "temperature"),
+        "distillkit": ("config",),
+        "axolotl": ("skip_incomplete",),
+    }
+    for layout, names in foreign.items():
+        for name in names:
+            if layout != options.layout and getattr(options, name):
+                raise DomainError(f"--{name.replace('_', '-')} is for --format {layout}, not for {options.layout}")
+    common = {"teacher": options.teacher}
+    if options.layout == "dense":
+        if options.vocab_size is not None:
+            raise DomainError("--vocab-size is not for --format dense: the file has it")
+        target = import_dense(
+            options.source,
+            options.target,
+            dataset=options.dataset,
+            tokens=options.tokens,
+            offsets=options.offsets,
+            k=options.k,
+            temperatures=options.temperature or (1.0, 2.0),
+            **common,
+        )
+    elif options.layout == "distillkit":
+        if options.config is None or options.k is not None:
+            raise DomainError("--format distillkit needs --config, which has the k: --k is for others")
+        target = import_distillkit(
+            options.source, options.target, options.config, vocab_size=options.vocab_size, **common
+        )
+    else:
+        if options.vocab_size is None:
+            raise DomainError("--format axolotl needs --vocab-size, which the file does not have")
+        target = import_axolotl(
+            options.source,
+            options.target,
+            vocab_size=options.vocab_size,
+            k=64 if options.k is None else options.k,
+            skip_incomplete=options.skip_incomplete,
+            **common,
+        )
+    print(f"written: {target}")
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 __all__ = [
     "AliasError",
+    "CapacityError",
     "CheckpointError",
+    "ChecksumError",
+    "ClosedShardError",
     "ConfigError",
     "DegenerateTeacherError",
     "DeviceMismatchError",
     "DeviceUnavailableError",
+    "DiskFullError",
     "DomainError",
     "DTypeError",
     "EmptyForwardError",
@@ -17,12 +21,17 @@ __all__ = [
     "GradientOrderError",
     "KdcoreError",
     "LabelError",
+    "MisalignedRowsError",
     "MissingDependencyError",
     "MissingRowError",
     "MissingSourceError",
     "NonFiniteError",
     "ProbabilitiesWarning",
+    "ProvenanceError",
+    "RepeatedSequenceError",
     "ShapeError",
+    "ShardBusyError",
+    "ShardExistsError",
     "UndefinedGradientError",
     "UnsafeFileError",
     "VocabularyMismatchError",
@@ -90,6 +99,42 @@ class UnsafeFileError(KdcoreError, ValueError):
 
 class FileFormatError(KdcoreError, ValueError):
     """A file is not what the reader expects: not HDF5, a missing dataset, a wrong dtype or rank."""
+
+
+class CapacityError(KdcoreError, ValueError):
+    """A shard has no room for the rows that are to be appended."""
+
+
+class ClosedShardError(KdcoreError, ValueError):
+    """Rows are appended to a shard that is finished or whose writer is closed."""
+
+
+class DiskFullError(KdcoreError, OSError):
+    """There is no room on disk for what is to be written."""
+
+
+class MisalignedRowsError(KdcoreError, ValueError):
+    """Rows belong to other tokens than the caller expects."""
+
+
+class ProvenanceError(KdcoreError, ValueError):
+    """A store belongs to another tokenizer, corpus or output layer, or shards of one store disagree."""
+
+
+class RepeatedSequenceError(KdcoreError, ValueError):
+    """A sequence is appended that the shard has already."""
+
+
+class ShardBusyError(KdcoreError, BlockingIOError):
+    """Another writer has the shard."""
+
+
+class ShardExistsError(KdcoreError, FileExistsError):
+    """A shard is to be created where there is one, finished or not."""
+
+
+class ChecksumError(FileFormatError):
+    """Bytes of a file differ from those that were written."""
 
 
 class CheckpointError(KdcoreError, ValueError):

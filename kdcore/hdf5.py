@@ -15,9 +15,11 @@ import mmap
 import os
 import secrets
 import stat
+import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -119,7 +121,12 @@ def _type_words(stored: Any) -> str:
 
 def _matching(stored: Any, dtypes: Iterable[str]) -> np.dtype[Any] | None:
     """The dtype that equals the stored type in every bit; a float with other exponent bits equals none."""
-    return next((np.dtype(d) for d in dtypes if stored.equal(h5py.h5t.py_create(np.dtype(d)))), None)
+    return next((np.dtype(d) for d in dtypes if stored.equal(_hdf5_type(d))), None)
+
+
+@cache
+def _hdf5_type(dtype: str) -> Any:
+    return h5py.h5t.py_create(np.dtype(dtype))
 
 
 class SafeFile:
@@ -133,6 +140,9 @@ class SafeFile:
         The file.
     max_bytes : int
         The most that one array may declare; 4 TiB by default.
+    locking : bool
+        Whether HDF5 locks the file, so that it is an error while another process writes it. Without: for files whose
+        writer never takes back what it has written, and file systems that have no locks.
 
     Raises
     ------
@@ -144,9 +154,11 @@ class SafeFile:
         Everything else that is not as expected.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, locking: bool = True) -> None:
         self.path = file_path(path, "path").absolute()
         self.max_bytes = max_bytes
+        self._locking = {} if locking else {"locking": False}
+        self._mapping: mmap.mmap | None = None
         self._open()
 
     def _open(self) -> None:
@@ -157,7 +169,7 @@ class SafeFile:
             raise UnsafeFileError(f"{self.path} is not a regular file")
         with _damage_named(str(self.path)):
             # A chunk that does not fit the cache is decompressed again for each of its rows.
-            self._file = h5py.File(self.path, "r", rdcc_nbytes=MAX_CHUNK_BYTES)
+            self._file = h5py.File(self.path, "r", rdcc_nbytes=MAX_CHUNK_BYTES, **self._locking)
         self._pid = os.getpid()
         status = os.fstat(self.descriptor)
         self.size = status.st_size
@@ -167,6 +179,13 @@ class SafeFile:
     def descriptor(self) -> int:
         """The file descriptor that HDF5 reads from."""
         return int(self._file.id.get_vfd_handle())
+
+    def mapping(self) -> mmap.mmap:
+        """All of the file in memory: one mapping for all arrays, since each may hold a descriptor."""
+        if self._mapping is None:
+            untracked: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+            self._mapping = mmap.mmap(self.descriptor, self.size, access=mmap.ACCESS_READ, **untracked)
+        return self._mapping
 
     @contextmanager
     def _reading(self, where: str) -> Iterator[Any]:
@@ -197,7 +216,7 @@ class SafeFile:
 
     def _object(self, name: str) -> Any:
         """The object under ``name``. Each component is checked: the last link says nothing of those before it."""
-        found = self._file["/"]
+        found = self._file
         walked = ""
         for part in _parts(name):
             if not isinstance(found, h5py.Group):
@@ -298,13 +317,13 @@ class SafeFile:
     def names(self) -> list[str]:
         """The names of the objects at the root of the file."""
         with self._reading(f"{self.path}: '/'") as file:
-            return list(file["/"])
+            return list(file)
 
     def has(self, name: str) -> bool:
         """Whether there is anything under ``name``."""
         *group, last = _parts(name)
         with self._reading(f"{self.path}: {name!r}"):
-            parent = self._object("/".join(group)) if group else self._file["/"]
+            parent = self._object("/".join(group)) if group else self._file
             return isinstance(parent, h5py.Group) and bool(parent.id.links.exists(last.encode()))
 
     def attribute(self, owner: str, name: str, kind: type[_Scalar]) -> _Scalar | None:
@@ -315,7 +334,7 @@ class SafeFile:
         """
         where = f"{self.path}: attribute {name!r} of {owner!r}"
         with self._reading(where):
-            holder = self._file["/"] if owner == "/" else self._object(owner)
+            holder = self._file if owner == "/" else self._object(owner)
             if not h5py.h5a.exists(holder.id, name.encode()):
                 return None
             attribute = h5py.h5a.open(holder.id, name.encode())
@@ -340,6 +359,24 @@ class SafeFile:
             attribute.read(number)
             return kind(number.item())
 
+    def vector_attribute(self, owner: str, name: str, most: int) -> tuple[float, ...] | None:
+        """The attribute ``name`` of ``owner``, a vector of at most so many float64, or None where there is none."""
+        where = f"{self.path}: attribute {name!r} of {owner!r}"
+        with self._reading(where):
+            holder = self._file if owner == "/" else self._object(owner)
+            if not h5py.h5a.exists(holder.id, name.encode()):
+                return None
+            attribute = h5py.h5a.open(holder.id, name.encode())
+            stored = attribute.get_type()
+            if stored.committed() or _matching(stored, ("<f8",)) is None:
+                raise FileFormatError(f"{where} has the type {_type_words(stored)}; expected float64")
+            shape = attribute.shape
+            if shape is None or len(shape) != 1 or shape[0] > most:
+                raise FileFormatError(f"{where} has the shape {shape}; expected a vector of at most {most} numbers")
+            numbers = np.empty(shape, "<f8")
+            attribute.read(numbers)
+            return tuple(numbers.tolist())
+
 
 class StoredArray:
     """An array of a :class:`SafeFile`: ``shape``, ``dtype``, and reads whose failures are typed.
@@ -354,14 +391,13 @@ class StoredArray:
         self.name = name
         self.shape = shape
         self.dtype = dtype
+        #: Where a contiguous array begins in the file; None for others, and for those without elements.
+        self.offset = offset
         self.mapped: NDArray[Any] | None = None
         if math.prod(shape) == 0:
             self.mapped = np.empty(shape, dtype)
         elif offset is not None:
-            begin = offset - offset % mmap.ALLOCATIONGRANULARITY
-            end = offset + math.prod(shape) * dtype.itemsize
-            view = mmap.mmap(file.descriptor, end - begin, access=mmap.ACCESS_READ, offset=begin)
-            self.mapped = np.frombuffer(view, dtype, math.prod(shape), offset - begin).reshape(shape)
+            self.mapped = np.frombuffer(file.mapping(), dtype, math.prod(shape), offset).reshape(shape)
 
     def read(self) -> NDArray[Any]:
         """A copy of the whole array."""
@@ -370,6 +406,14 @@ class StoredArray:
         with self.file._reading(f"{self.file.path}: {self.name!r}") as file:
             array: NDArray[Any] = file[self.name][()]
             return array
+
+    def run(self, start: int, stop: int) -> NDArray[Any]:
+        """The rows from ``start`` up to ``stop``: a view, or of chunked data a copy."""
+        if self.mapped is not None:
+            return self.mapped[start:stop]
+        with self.file._reading(f"{self.file.path}: {self.name!r}") as file:
+            rows: NDArray[Any] = file[self.name][start:stop]
+            return rows
 
     def rows(self, numbers: NDArray[np.int64]) -> NDArray[Any]:
         """A copy of the rows ``numbers``. Ascending numbers decompress each chunk once.
@@ -409,18 +453,26 @@ def _make_groups(file: Any, name: str) -> None:
             h5py.h5g.create(file.id, group.encode("utf-8"), gcpl=_timeless(h5py.h5p.GROUP_CREATE))
 
 
-def _create(path: Path) -> Any:
-    """A new file with nothing in it; the same contents later make the same bytes, whatever the version of h5py."""
+def _create(path: Path, *, aligned: bool = True, over_locked: bool = False) -> Any:
+    """A new file with nothing in it; the same contents later make the same bytes, whatever the version of h5py.
+
+    ``aligned``: arrays begin at pages, so that they can be mapped, and read past the page cache. ``over_locked``: in
+    the place of a file that the caller has locked, without HDF5's own lock.
+    """
     creation, access = _timeless(h5py.h5p.FILE_CREATE), h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     # Format 1.8 has checksums on its metadata, and no open-for-write flag that a killed writer would leave behind.
     access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
-    access.set_alignment(4096, 4096)  # so that arrays can be mapped, and read past the page cache
+    if aligned:
+        access.set_alignment(4096, 4096)
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
-    return h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_EXCL, fcpl=creation, fapl=access)
+    if over_locked:
+        access.set_file_locking(False, True)
+    flags = h5py.h5f.ACC_TRUNC if over_locked else h5py.h5f.ACC_EXCL
+    return h5py.h5f.create(os.fsencode(path), flags, fcpl=creation, fapl=access)
 
 
 @contextmanager
-def _replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
+def _replacing(path: str | os.PathLike[str], *, aligned: bool = True) -> Iterator[Any]:
     """A new HDF5 file that takes the place of ``path`` when the block ends, and vanishes when it fails.
 
     The file is on disk before its name is, so that after a crash ``path`` is the old file or the new one.
@@ -432,13 +484,91 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise FileNotFoundError(f"{final.parent} is not a directory, so {final.name} cannot be written there")
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
     try:
-        with h5py.File(_create(temporary)) as file:
+        with h5py.File(_create(temporary, aligned=aligned)) as file:
             yield file
         _fsync(temporary)
         os.replace(temporary, final)
         _fsync(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+Attributes = Mapping[str, str | int | float | tuple[float, ...]]
+
+
+def _set_attributes(owner: Any, attributes: Attributes) -> None:
+    for name, value in attributes.items():
+        if isinstance(value, str):
+            _set_text(owner, name, value)
+        else:
+            owner.attrs.create(name, value, dtype="<i8" if isinstance(value, int) else "<f8")
+
+
+def create_preallocated(
+    path: Path, arrays: Mapping[str, tuple[str, tuple[int, ...]]], attributes: Attributes
+) -> dict[str, int]:
+    """A new file of contiguous arrays, by name (dtype, shape), none empty. Returns where each begins in the file.
+
+    Nothing is written to the arrays, and HDF5 need not be asked again to do so: who knows where they begin writes to
+    the file itself. Format 1.8 has checksums on the metadata, and no mark of a writer that was killed. The file
+    is there already, locked by the caller, and is emptied; its bytes are reserved by nobody yet.
+    """
+    with h5py.File(_create(path, over_locked=True)) as file:
+        _set_attributes(file, attributes)
+        offsets = {}
+        for name, (dtype, shape) in arrays.items():
+            _make_groups(file, name)
+            layout = _timeless(h5py.h5p.DATASET_CREATE)
+            layout.set_layout(h5py.h5d.CONTIGUOUS)
+            layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            made = h5py.h5d.create(
+                file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(shape), layout
+            )
+            offsets[name] = int(made.get_offset())
+    return offsets
+
+
+def set_integer(path: Path, name: str, value: int) -> None:
+    """Overwrite an integer attribute of a file in its place, without HDF5's lock: the caller has one of its own."""
+    with h5py.File(path, "r+", locking=False) as file:
+        file.attrs.modify(name, np.int64(value))
+
+
+#: Bounds of the chunks of compressed arrays: below, what describes them counts; above, too much is read for a row.
+_SMALL_CHUNK, _LARGE_CHUNK = 1 << 15, 1 << 20
+
+
+def write_compressed(
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, tuple[str, tuple[int, ...], Iterable[NDArray[Any]]]],
+    attributes: Attributes,
+    chunk_rows: int,
+) -> None:
+    """A new file of compressed arrays, by name (dtype, shape, blocks of rows), in chunks of about so many rows.
+
+    Byte-shuffled, deflated and checked by fletcher32, which every HDF5 library reads.
+    """
+    with _replacing(path, aligned=False) as file:
+        _set_attributes(file, attributes)
+        for name, (dtype, shape, blocks) in arrays.items():
+            _make_groups(file, name)
+            layout: dict[str, Any] = {}
+            row_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+            if shape[0] * row_bytes > 4096:  # less would not pay for an index of chunks
+                rows = max(1, min(max(chunk_rows, _SMALL_CHUNK // row_bytes), shape[0], _LARGE_CHUNK // row_bytes))
+                layout = {
+                    "chunks": (rows, *shape[1:]),
+                    "compression": "gzip",
+                    "compression_opts": 1,
+                    "shuffle": True,
+                    "fletcher32": True,
+                }
+            made = file.create_dataset(name, shape, dtype, **layout)
+            done = 0
+            for block in blocks:
+                made[done : done + len(block)] = block
+                done += len(block)
 
 
 def _set_text(owner: Any, name: str, text: str) -> None:

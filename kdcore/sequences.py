@@ -104,7 +104,9 @@ def content_key(ids: Any) -> int:
     beyond_64_bits = values.dtype.kind == "O" and all(isinstance(value, int) for value in values)
     if values.size and values.dtype.kind not in "iu" and not beyond_64_bits:
         raise DTypeError(f"ids must be integers, got dtype {values.dtype}")
-    outside = values[(values < 0) | (values >= 1 << 32)]
-    if outside.size:
-        raise DomainError(f"the token id {outside[0]} is outside [0, 2**32)")
-    return int.from_bytes(hashlib.blake2b(values.astype("<u4").tobytes(), digest_size=8).digest(), "little")
+    if values.dtype != np.uint32:  # all of which are ids
+        outside = values[(values < 0) | (values >= 1 << 32)]
+        if outside.size:
+            raise DomainError(f"the token id {outside[0]} is outside [0, 2**32)")
+    data = values.astype("<u4", copy=False).tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

@@ -29,6 +29,7 @@ FLOORS = [
     {"engines"},
     {"arguments"},
     {"ops", "variants", "states"},
+    {"store"},
     {"students", "teachers"},
 ]
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
@@ -147,7 +148,8 @@ def test_only_one_module_opens_hdf5(module):
 
 
 def test_one_module_chooses_an_engine():
-    alone = {"states": {"cpu"}, "variants": {"cpu"}}  # operations that one engine has alone
+    # Operations that one engine has alone.
+    alone = {"states": {"cpu"}, "variants": {"cpu"}, "store": {"cpu"}}
     for module in MODULES:
         if unit(module) in {"engines", "cpu", "cuda", *OUTSIDE}:
             continue

@@ -57,6 +57,23 @@ def test_tensor_parallel():
     assert found[1] == found[2] and float(found[1]) > 0
 
 
+@pytest.mark.parametrize("option", [[], ["--dask"]], ids=["processes", "dask"])
+def test_teacher_store(tmp_path, option):
+    if option and importlib.util.find_spec("distributed") is None:
+        pytest.skip("distributed is not installed (pip install kdcore[dask])")
+    for attempt in range(2):  # the second finds all shards finished
+        finished = run(sys.executable, EXAMPLES / "teacher_store.py", tmp_path / "store", *option)
+        assert finished.returncode == 0, finished.stderr
+        found = re.fullmatch(r"4 shards, 768 rows, mean tail mass at T = 2: (0\.\d+)\n", finished.stdout)
+        assert found and 0.5 < float(found[1]) < 1, finished.stdout
+        if attempt == 0:
+            unfinished = tmp_path / "store" / "teacher-00001.h5"
+            unfinished.unlink()  # as if its writer had not come to it
+
+
 def test_every_example_is_run():
     in_the_simulator = {"cuda_kernel.py"}  # by tests/test_cuda_kernels.py
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"tensor_parallel.py"} | in_the_simulator
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "teacher_store.py",
+        "tensor_parallel.py",
+    } | in_the_simulator

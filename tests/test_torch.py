@@ -230,3 +230,53 @@ def test_kdcore_alone_does_not_import_torch():
         assert "torch" in sys.modules
         """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["topk", "dense", "hidden"])
+def test_a_store_of_torch_tensors_on_a_device(tmp_path, monkeypatch, dtype, kind):
+    """What PyTorch selects is what the CPU kernels select; on a CUDA device if there is one, else as if on one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        monkeypatch.setattr("kdcore.store.writer.on_device", lambda obj: isinstance(obj, torch.Tensor))
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(7, 700, generator=generator) * 4).to(getattr(torch, dtype))
+    if kind == "topk":
+        logits[2, 9:] = -np.inf
+        logits[3] = torch.arange(700)  # all different in every dtype but bfloat16
+    monkeypatch.setattr("kdcore.store.device._ELEMENTS", 1500)
+    extra = {"topk": {"k": 8, "temperatures": (1.0, 2.0, 0.5)}, "dense": {}, "hidden": {"head": np.ones((700, 700))}}[
+        kind
+    ]
+    options = {"vocab_size": 700, "kind": kind, "capacity": 7, "value_dtype": "float32"} | extra
+    stores = []
+    host = logits.float() if dtype == "bfloat16" else logits
+    for name, rows in (("torch.h5", logits.to(device)), ("cpu.h5", host.numpy())):
+        with kdcore.LogitStoreWriter(tmp_path / name, **options) as writer:
+            writer.append(np.arange(7), rows)
+        stores.append(kdcore.LogitStore(tmp_path / name, head=extra.get("head")))
+        stores[-1].verify()
+    for temperature in stores[0].temperatures:
+        a, b = (store.read(slice(None), temperature) for store in stores)
+        if kind != "topk":
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+            continue
+        np.testing.assert_array_equal(a.n_valid, b.n_valid)
+        np.testing.assert_allclose(a.log_probs, b.log_probs, rtol=1e-6, atol=2e-6)
+        np.testing.assert_allclose(a.tail_logmass, b.tail_logmass, rtol=1e-6, atol=2e-6)
+        if dtype in (
+            "float32",
+            "float64",
+        ):  # others have equals at the last place, of which PyTorch keeps which it likes
+            np.testing.assert_array_equal(a.indices, b.indices)
+    with kdcore.LogitStoreWriter(tmp_path / "bad.h5", **options) as writer:
+        for value, words in ((np.nan, r"logits\[4, 5\] is nan"), (np.inf, r"logits\[4, 5\] is inf")):
+            bad = logits.clone()
+            bad[4, 5] = value
+            with pytest.raises(kdcore.NonFiniteError, match=words):
+                writer.append(np.arange(7), bad.to(device))
+        with pytest.raises(kdcore.VocabularyMismatchError):
+            writer.append(np.arange(7), logits[:, 1:].to(device))
+        if kind != "hidden":
+            with pytest.raises(kdcore.NonFiniteError, match=r"logits\[6\] is -inf in every class"):
+                writer.append(np.arange(7), torch.cat([logits[:6], torch.full_like(logits[:1], -np.inf)]).to(device))

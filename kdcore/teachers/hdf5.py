@@ -1,4 +1,4 @@
-"""Teacher logits from an HDF5 file, by row number or by the token ids that they follow."""
+"""Teacher logits from an HDF5 file or a store, by row number or by the token ids that they follow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcore.checks import choice
-from kdcore.errors import FileFormatError, MissingRowError, ProbabilitiesWarning, ShapeError
+from kdcore.errors import DomainError, FileFormatError, MissingRowError, ProbabilitiesWarning, ShapeError
 from kdcore.hdf5 import (
     FLOATS,
     INTEGERS,
@@ -23,6 +23,8 @@ from kdcore.hdf5 import (
     widen_logit_rows,
 )
 from kdcore.sequences import as_rows, content_key, pad_rows, prefixes
+from kdcore.sparse import SampledRows, TopKRows
+from kdcore.store.reader import LogitStore, is_store
 from kdcore.teachers.base import InputIds
 
 __all__ = ["HDF5Teacher"]
@@ -44,7 +46,9 @@ class HDF5Teacher:
     ----------
     path
         The file, as :func:`kdcore.hdf5.save_teacher_logits` or any other program wrote it. It need not be trusted:
-        see :class:`kdcore.hdf5.SafeFile` for what is refused.
+        see :class:`kdcore.hdf5.SafeFile` for what is refused. Or a :class:`~kdcore.LogitStore`, or the path of one:
+        "dense" and "hidden" stores have logits, "topk" and "sampled" ones :meth:`rows_for_batch` and
+        :meth:`rows_per_position`. By content, ids are then those of a whole sequence.
     dataset : str
         The name of the dataset, of float16, float32, float64, or of uint16 with the attribute ``dtype="bfloat16"``
         (a fixed-length string).
@@ -82,7 +86,7 @@ class HDF5Teacher:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | LogitStore,
         dataset: str = "logits",
         address: Literal["row", "content"] = "row",
     ) -> None:
@@ -90,6 +94,18 @@ class HDF5Teacher:
         self.dataset = dataset
         self.address = address
         self._closed = False
+        self._store: LogitStore | None = None
+        if isinstance(path, LogitStore) or is_store(path):
+            if dataset != "logits":
+                raise DomainError(f"dataset={dataset!r} is for other HDF5 files, not for a store")
+            self._store = path if isinstance(path, LogitStore) else LogitStore(path)
+            self.path = self._store.path
+            self._source = str(self.path)
+            self.metadata: dict[str, str | int | float | bool] = {
+                "teacher": self._store.header.teacher,
+                "revision": self._store.header.teacher_revision,
+            }
+            return
         self._file = SafeFile(path)
         self.path = self._file.path
         self._source = f"{self.path}: {dataset!r}"
@@ -166,22 +182,22 @@ class HDF5Teacher:
     @property
     def vocab_size(self) -> int:
         """V, the width of every logit row."""
-        return self._logits.shape[1]
+        return self._logits.shape[1] if self._store is None else self._store.vocab_size
 
     def __len__(self) -> int:
         """N, the number of rows in the file."""
-        return self._logits.shape[0]
+        return self._logits.shape[0] if self._store is None else len(self._store)
 
     def __repr__(self) -> str:
         return f"HDF5Teacher({str(self.path)!r}, dataset={self.dataset!r}, address={self.address!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return HDF5Teacher, (self.path, self.dataset, self.address)
+        return HDF5Teacher, (self.path if self._store is None else self._store, self.dataset, self.address)
 
     def close(self) -> None:
         """Close the file; reading afterwards is a ValueError."""
         self._closed = True
-        self._file.close()
+        (self._file if self._store is None else self._store).close()
 
     def __enter__(self) -> Self:
         return self
@@ -196,13 +212,30 @@ class HDF5Teacher:
         """
         rows = as_rows(input_ids)
         if self.address == "content":
-            return self._read(self._find(rows))
+            return self._logits_of(self._last_rows(rows)) if self._store is not None else self._read(self._find(rows))
+        self._check_row_numbers(rows)
+        return self._logits_of(self._in_range(rows)) if self._store is not None else self._read(self._in_range(rows))
+
+    def rows_for_batch(self, input_ids: InputIds, temperature: float) -> TopKRows | SampledRows:
+        """As :meth:`logits_for_batch`, of a "topk" or "sampled" store: B rows at ``temperature``."""
+        rows = as_rows(input_ids)
+        if self.address == "row":
+            self._check_row_numbers(rows)
+        return self._sparse(self._last_rows(rows) if self.address == "content" else self._in_range(rows), temperature)
+
+    def rows_per_position(
+        self, input_ids: InputIds, temperature: float
+    ) -> tuple[TopKRows | SampledRows, NDArray[np.bool_]]:
+        """As :meth:`logits_per_position`, of a "topk" or "sampled" store: rows of positions that exist, in order."""
+        rows = as_rows(input_ids)
+        return self._sparse(self._position_rows(rows), temperature), pad_rows(rows)[1]
+
+    def _check_row_numbers(self, rows: list[NDArray[np.int64]]) -> None:
         for i, row in enumerate(rows):
             if row.size != 1:
                 raise ShapeError(
                     f"input_ids[{i}] holds {row.size} integers; with address='row' it must be one row number"
                 )
-        return self._read(self._in_range(rows))
 
     def logits_per_position(self, input_ids: InputIds) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Logits float32 [B, L, V] and the mask bool [B, L] of positions that exist; logits are 0 where none does.
@@ -212,10 +245,56 @@ class HDF5Teacher:
         """
         rows = as_rows(input_ids)
         mask = pad_rows(rows)[1]
-        numbers = self._find(prefixes(rows)) if self.address == "content" else self._in_range(rows)
         logits = np.zeros((*mask.shape, self.vocab_size), np.float32)
+        if self._store is not None:
+            logits[mask] = self._logits_of(self._position_rows(rows))
+            return logits, mask
+        numbers = self._find(prefixes(rows)) if self.address == "content" else self._in_range(rows)
         logits[mask] = self._read(numbers)
         return logits, mask
+
+    # --- of a store --------------------------------------------------------------------------------------------------
+
+    def _position_rows(self, rows: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+        """The row numbers of all positions, in order."""
+        if self.address == "row":
+            return self._in_range(rows)
+        store = self._opened_store()
+        return np.concatenate([np.empty(0, np.int64), *(np.array(store.rows_of(row)) for row in rows if row.size)])
+
+    def _last_rows(self, rows: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+        """The row numbers of what follows whole sequences."""
+        store = self._opened_store()
+        return np.array([store.rows_of(row)[-1] for row in rows], np.int64)
+
+    def _logits_of(self, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+        store = self._opened_store()
+        if store.kind in ("topk", "sampled"):
+            raise DomainError(
+                f"{self._source} has no logits, it is a store of kind {store.kind!r}: "
+                "rows_for_batch and rows_per_position read it"
+            )
+        distinct, inverse = np.unique(numbers, return_inverse=True)
+        logits = store.read(distinct)
+        assert isinstance(logits, np.ndarray)
+        found: NDArray[np.float32] = logits[inverse]
+        return found
+
+    def _sparse(self, numbers: NDArray[np.int64], temperature: float) -> TopKRows | SampledRows:
+        store = self._opened_store()
+        if store.kind not in ("topk", "sampled"):
+            raise DomainError(f"{self._source} is a store of kind {store.kind!r}, of which logits are read")
+        rows = store.read(numbers, temperature)
+        assert not isinstance(rows, np.ndarray)
+        return rows
+
+    def _opened_store(self) -> LogitStore:
+        self._check_open()
+        if self._store is None:
+            raise DomainError(f"{self._source} is a dataset of logits, not a store of selected rows")
+        return self._store
+
+    # --- of a dataset ------------------------------------------------------------------------------------------------
 
     def _in_range(self, rows: list[NDArray[np.int64]]) -> NDArray[np.int64]:
         numbers = np.concatenate([np.empty(0, np.int64), *rows])
