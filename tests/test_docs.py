@@ -21,6 +21,7 @@ PAGES = {
     README: 2,
     ROOT / "docs" / "quickstart.md": 4,
     ROOT / "docs" / "divergences.md": 1,
+    ROOT / "docs" / "teachers.md": 1,
     ROOT / "docs" / "numerics.md": 1,
     ROOT / "docs" / "extending.md": 1,
 }

@@ -45,7 +45,7 @@ class HDF5Teacher:
     Parameters
     ----------
     path
-        The file, as :func:`kdcore.hdf5.save_teacher_logits` or any other program wrote it. It need not be trusted:
+        The file, as :func:`kdcore.save_teacher_logits` or any other program wrote it. It need not be trusted:
         see :class:`kdcore.hdf5.SafeFile` for what is refused. Or a :class:`~kdcore.LogitStore`, or the path of one:
         "dense" and "hidden" stores have logits, "topk" and "sampled" ones :meth:`rows_for_batch` and
         :meth:`rows_per_position`. By content, ids are then those of a whole sequence.
