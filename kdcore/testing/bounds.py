@@ -27,8 +27,8 @@ The slope of total variation jumps by 1 where p = q. Classes in which p and q ag
 either side: for tvd, with n as q in those classes and 0 elsewhere, :func:`kd_bounds` adds ``|n| + |q| sum of n`` to
 G S.
 
-Of a teacher that does not have every class (:class:`kdcore.TopKRows`), S is ``M |q| + |a|``, with M the sum of p over the
-outcomes of the policy for its tail, and a what M q is compared with: p of a stored class, and in the tail p_tail q /
+Of a teacher that does not have every class (:class:`kdcore.TopKRows`), S is ``M |q| + |a|``, with M the sum of p over
+the outcomes of the policy for its tail, and a what M q is compared with: p of a stored class, and in the tail p_tail q /
 q_tail for "bucket", p_tail / n for "uniform", 0 for the others. See :func:`sparse_kd_bounds`.
 
 float16 and bfloat16 logits have float32's bounds. A gradient that is written in a type with fewer digits than it was
