@@ -28,8 +28,8 @@ either side: for tvd, with n as q in those classes and 0 elsewhere, :func:`kd_bo
 G S.
 
 Of a teacher that does not have every class (:class:`kdcore.TopKRows`), S is ``M |q| + |a|``, with M the sum of p over
-the outcomes of the policy for its tail, and a what M q is compared with: p of a stored class, and in the tail p_tail q /
-q_tail for "bucket", p_tail / n for "uniform", 0 for the others. See :func:`sparse_kd_bounds`.
+the outcomes of the policy for its tail, and a what M q is compared with: p of a stored class, and in the tail
+p_tail q / q_tail for "bucket", p_tail / n for "uniform", 0 for the others. See :func:`sparse_kd_bounds`.
 
 float16 and bfloat16 logits have float32's bounds. A gradient that is written in a type with fewer digits than it was
 computed in may in addition be off by half an ulp of that type, element by element: :func:`gradient_error` takes this
