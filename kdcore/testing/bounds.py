@@ -48,6 +48,7 @@ __all__ = [
     "half_ulp",
     "kd_bounds",
     "loss_bound",
+    "name_and_parameter",
     "subtracted",
     "within",
     "working_dtype",
@@ -153,7 +154,7 @@ def kd_bounds(
     row's weight over the denominator; a row of scale 0 gets the bound 0. A row whose divergence is +inf and leaves no
     gradient gets the gradient bound NaN.
     """
-    name, parameter = _name_and_parameter(divergence)
+    name, parameter = name_and_parameter(divergence)
     h = p = q = q_slope = None
     jump: Any = 0.0
     if alpha > 0:
@@ -188,7 +189,8 @@ _DEFAULTS = {
 }
 
 
-def _name_and_parameter(divergence: Any) -> tuple[str, Any]:
+def name_and_parameter(divergence: Any) -> tuple[str, Any]:
+    """The name and the parameter (None where it has none) of a divergence that :mod:`kdcore.divergences` defines."""
     name = divergence if isinstance(divergence, str) else getattr(divergence, "name", None)
     if name not in _DEFAULTS or not getattr(divergence, "builtin", True):
         raise ValueError(
