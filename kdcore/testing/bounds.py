@@ -39,6 +39,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdcore.errors import DomainError
+
 __all__ = [
     "GRADIENT",
     "RELATIVE_LOSS",
@@ -193,7 +195,7 @@ def name_and_parameter(divergence: Any) -> tuple[str, Any]:
     """The name and the parameter (None where it has none) of a divergence that :mod:`kdcore.divergences` defines."""
     name = divergence if isinstance(divergence, str) else getattr(divergence, "name", None)
     if name not in _DEFAULTS or not getattr(divergence, "builtin", True):
-        raise ValueError(
+        raise DomainError(
             f"divergence must be one of {', '.join(map(repr, _DEFAULTS))}, by name or with its parameter, got "
             f"{divergence!r}; for one of your own, give its q_slope to gradient_bound, and use loss_bound"
         )

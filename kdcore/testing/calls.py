@@ -79,15 +79,35 @@ class Calls(Subject):
         return Answer(loss.astype(REAL), gradient.astype(REAL))
 
 
-def adapted(case: Case, features: Iterable[str]) -> Case:
-    """A case within what is claimed: without temperatures T = 1, without a cross-entropy alpha = 0, and so on."""
+def adapted(case: Case, features: Iterable[str]) -> Case | None:
+    """A case within what is claimed: without temperatures T = 1, without a cross-entropy alpha = 0, and so on.
+
+    None where there is none: for a case of a size, or of a dtype, that is not claimed.
+    """
+    V, single = case.shape[1], case.student.dtype == np.float32
+    if (
+        (V == 1 and "single_class" not in features)
+        or (V > _LARGE_VOCABULARY and "large_vocabulary" not in features)
+        or (single and "float32" not in features)
+        or ("large_logits" not in features and _magnitude(case) > _LARGE_LOGITS)
+    ):
+        return None
     changes: dict[str, Any] = {}
-    if "temperature" not in features:
+    if "temperature" not in features and case.temperature != 1:
         changes["temperature"] = 1.0
-    if "cross_entropy" not in features:
+    if "cross_entropy" not in features and case.alpha != 0:
         changes["alpha"] = 0.0
-    elif "distillation" not in features:
+    if "distillation" not in features and case.alpha != 1:
         changes["alpha"] = 1.0
-    if "float64" not in features and case.student.dtype == np.float64:
+    if "float64" not in features and not single:
         changes["student"], changes["teacher"] = case.student.astype(np.float32), case.teacher.astype(np.float32)
     return case.but(**changes) if changes else case
+
+
+#: Beyond these a feature is needed. Shifts by a thousand are no large logits: softmax does not see them.
+_LARGE_VOCABULARY, _LARGE_LOGITS = 300, 100.0
+
+
+def _magnitude(case: Case) -> float:
+    logits = np.concatenate([case.student, case.teacher])
+    return float(np.abs(logits[np.isfinite(logits)]).max(initial=0.0))

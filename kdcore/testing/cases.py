@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdcore.testing.bounds import GRADIENT, loss_bound, working_dtype
+from kdcore.testing.bounds import GRADIENT, loss_bound, name_and_parameter, working_dtype
 from kdcore.testing.textbook import Exact, kd_rows
 
 __all__ = ["FIXTURES", "Case", "Judgement", "case"]
@@ -61,9 +61,10 @@ class Case:
         """The exact answer, and the allowed errors.
 
         Those are the bounds of :mod:`kdcore.testing.bounds`, widened by what it costs to round the scaled logits and
-        the log-probabilities once in the logits' own type: an implementation may divide by T before it takes the
-        maximum out, and may pass through a log-softmax. That is nothing for small logits, and for logits of 1e4 it
-        is what their last digit stands for.
+        the log-probabilities once in the logits' own type, and sums of V numbers V / 32 times in float64, where there is
+        room, some sqrt(V) times in float32: an implementation may divide by T before it takes the maximum out, may pass
+        through a log-softmax, and may add one number after another. That is nothing for a few small logits, and for
+        logits of 1e4 it is what their last digit stands for.
         """
         key = repr(divergence)
         if key not in self._known:
@@ -76,11 +77,17 @@ class Case:
             limits = exact.bounds(self.student, self.teacher, self.temperature, self.alpha, divergence)
         name = working_dtype(self.student.dtype)
         largest = _largest(self.student) + (_largest(self.teacher) if self.alpha < 1 else 0)
-        digits = largest * max(1.0, 1 / self.temperature) + 2 * np.log(self.shape[1])
+        V = self.shape[1]
+        sums = V / 16 if name == "float64" else 4 * np.sqrt(V)
+        digits = largest * max(1.0, 1 / self.temperature) + 2 * np.log(V) + sums
         wider = 1 + _ROUNDOFF[name] / GRADIENT[name] * digits
         absolute = loss_bound(self.student.dtype, 0.0, temperature=self.temperature, alpha=self.alpha)
         size = np.where(np.isfinite(exact.loss), np.abs(exact.loss), 0).astype(np.float64)
         loss = limits.loss + (wider - 1) * (absolute + GRADIENT[name] * size)
+        loss = loss + 4 * _ROUNDOFF[name]  # where T² is small: sums of probabilities are rounded near 1
+        kind, a = name_and_parameter(divergence)
+        if kind == "alpha" and self.alpha < 1:  # a sum near 1, less 1, over a (1 - a)
+            loss = loss + absolute * wider / (a * (1 - a))
         return Judgement(exact, loss, limits.gradient * wider)
 
     @property
@@ -112,11 +119,11 @@ def _runs(row: Any) -> str:
 def _code(array: Any) -> str:
     """An expression for logits [B, V] that gives them bit for bit."""
     B, V = array.shape
+    if B > 8 and (array == array[:1]).all():
+        return f"np.repeat({_code(array[:1])}, {B}, axis=0)"
     if V > 40:
         body = "np.stack([" + ", ".join(map(_runs, array)) + "])"
         return body if array.dtype == np.float64 else f"{body}.astype(np.{array.dtype.name})"
-    if B > 40 and (array == array[:1]).all():
-        return f"np.repeat({_code(array[:1])}, {B}, axis=0)"
     rows = ", ".join("[" + ", ".join(map(_number, row)) + "]" for row in array)
     return f"np.array([{rows}]{'' if array.dtype == np.float64 else f', np.{array.dtype.name}'})"
 
@@ -187,6 +194,9 @@ def _special(dtype: Any = np.float64) -> list[Case]:
         case([0.01, -0.02, 0.03], [0.02, 0.01, -0.01], 1, 1.0, 0.3, dtype),
         case([[-3, -4], [3, 4], [-3, 4], [3, -4]], [[-1, -2], [-2, -1], [0, 0], [5, 1]], [0, 1, 1, 0], 1.5, 0.2, dtype),
         case([4, -4, 1], [-4, 4, 0.5], 0, 1.0, 0.0, dtype),
+        case([1, 2, 3], [1, 2, 3.000001], 0, 1.0, 0.0, dtype),
+        case([1, -2, 3], [2, 1, 0], 1, 2.0, 1e-6, dtype),
+        case([1, -2, 3], [2, 1, 0], 1, 2.0, 1 - 1e-6, dtype),
     ]
 
 
@@ -237,6 +247,7 @@ def _large(dtype: Any = np.float64) -> list[Case]:
             case([[size, 0], [1, 2]], [[0, -size], [2, 0]], [1, 1], 1.0, 0.5, dtype),
             case([size, 0, 1], [0, size, 1], 2, 100.0, 0.0, dtype),
             case([0, 3, size / 2], [size, 0, 0], 1, 1000.0, 0.1, dtype),
+            case([size, -size], [-size, size], 0, size / 4, 0.0, dtype),
         ]
     return found
 
@@ -286,6 +297,14 @@ def _absent_terms(dtype: Any = np.float64) -> list[Case]:
     ]
 
 
+def _not_finite() -> list[Case]:
+    """Rows that are no logits, beside good ones."""
+    bad = ([np.nan, 0, 1], [0, _INF, 1], [-_INF, -_INF, -_INF])
+    good, other = [1, 2, 0.5], [0, 1, 2]
+    found = [case([good, row], [other, other], [0, 1], 2.0, 0.5) for row in bad]
+    return found + [case([good, good], [other, row], [0, 1], 2.0, 0.5) for row in bad]
+
+
 def _single(dtype: Any = np.float64) -> list[Case]:
     return [
         case([[1], [2]], [[3], [-4]], [0, 0], 2.0, alpha, dtype) for alpha in (0.0, 0.3, 1.0)
@@ -323,6 +342,7 @@ FIXTURES: dict[str, Callable[[], tuple[Case, ...]]] = {
         "student -inf": _student_rules_out,
         "label -inf": _label_ruled_out,
         "absent terms": _absent_terms,
+        "not finite": _not_finite,
         "ordinary, float32": lambda: _generic(np.float32) + _special(np.float32) + _rows(np.float32)[:4],
         "wide, float32": lambda: _wide(_WIDTHS[::3] + (131073,), np.float32),
         "large, float32": lambda: _large(np.float32) + _confident(np.float32),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from kdcore.testing.bounds import name_and_parameter
 from kdcore.testing.calls import Answer, Broken, Calls
 from kdcore.testing.cases import Case, Judgement
 from kdcore.testing.registry import Finding, falsifier
@@ -20,7 +21,6 @@ from kdcore.testing.textbook import REAL, kd_rows, log_softmax
 _CALL = "loss_and_gradient(s, t, y, T, a)"
 _HINTON = "Hinton, Vinyals & Dean 2015, section 2, arXiv:1503.02531"
 _SPECIFICATION = "specification"
-_EVERYWHERE = {"supports": ("all", "shared", "teacher", "student", "both")}
 _SMALL_SCALES = (0.1, 1.0, 3.0)
 
 
@@ -52,7 +52,7 @@ def _losses(actual: Any, expected: Any, allowed: Any, code: str, words: str = "t
         _off(actual, expected),
         allowed,
         code,
-        lambda i: f"the loss of row {i} is {_text(actual[i])}, {words} {_text(expected[i])}",
+        lambda i: f"the loss of row {i} is {_text(actual[i])}; {words} {_text(expected[i])}",
     )
 
 
@@ -66,9 +66,13 @@ def _gradients(
     def note(i: int) -> str:
         row = rows[i]
         v = _worst(_off(actual[row], expected[row]), 1.0)
-        return f"the gradient of row {row} is {_text(actual[row, v])} in class {v}, {words} {_text(expected[row, v])}"
+        return f"the gradient of row {row} is {_text(actual[row, v])} in class {v}; {words} {_text(expected[row, v])}"
 
     yield from _finding(error, np.broadcast_to(allowed, len(expected))[rows], code, note)
+
+
+def _divergence_name(calls: Calls) -> str:
+    return name_and_parameter(calls.divergence)[0]
 
 
 def _text(value: Any) -> str:
@@ -145,6 +149,27 @@ def form(calls: Calls, case: Case) -> Iterator[Finding]:
 
 
 @falsifier(
+    "F-KD-NOT-FINITE",
+    "A row that holds NaN or +inf, or nothing but -inf, is refused, or has NaN in its loss or gradient.",
+    reference="the specification's D7: such rows became uniform, with the finite loss log V",
+    fixtures=("not finite",),
+    needs=("neg_inf", "cross_entropy", "distillation"),
+)
+def not_finite(calls: Calls, case: Case) -> Iterator[Finding]:
+    row = case.shape[0] - 1
+    # Where a divergence masks p = 0, a teacher's NaN may be masked with it, and forward KL's gradient alone shows it.
+    seen = [case.student[row], case.teacher[row]][: 2 if _divergence_name(calls) == "forward_kl" else 1]
+    if not any(np.isnan(x).any() or (x == np.inf).any() or not np.isfinite(x).any() for x in seen):
+        return
+    try:
+        loss, gradient = calls(case)
+    except Broken:
+        return
+    silent = not (np.isnan(loss[row]) or np.isnan(gradient[row]).any())
+    yield Finding(float(silent), 0.0, _CALL, f"row {row} is no row of logits, and has the loss {_text(loss[row])}")
+
+
+@falsifier(
     "F-KD-PURE",
     "A call changes none of its arguments.",
     reference="a loss that works in place spoils the logits that the backward pass, or the next loss, still needs",
@@ -184,28 +209,26 @@ def _changes(calls: Calls, case: Case) -> Iterator[Finding]:
 )
 def repeatable(calls: Calls, case: Case) -> Iterator[Finding]:
     judged = case.judged(calls.divergence)
+    turned = case.but(student=case.student[:, ::-1].copy(), teacher=case.teacher[:, ::-1].copy())
     s, t, y, T, a = case.arguments
     loss, gradient = calls.raw(s, t, y, T, a)
     first = Answer(loss.astype(REAL), gradient.astype(REAL))
-    other = case.but(student=case.teacher, teacher=case.student[:, ::-1].copy())
-    calls(other)
+    fresh = calls(turned)
     later = Answer(loss.astype(REAL), gradient.astype(REAL))
-    exact = judged.exact
     words = "before another call it was"
-    code = f"(lambda r: (loss_and_gradient(t, s[:, ::-1].copy(), y, T, a), r)[1])({_CALL})"
+    code = f"(lambda r: (loss_and_gradient(s[:, ::-1].copy(), t[:, ::-1].copy(), y, T, a), r)[1])({_CALL})"
     yield from _losses(later.loss, first.loss, 0.0, f"{code}[0]", words)
     yield from _gradients(later.gradient, first.gradient, 0.0, f"{code}[1]", words)
     yield from _same(calls(case), first, judged, judged, _CALL, "in an earlier call of the same arguments it was")
     # The same arrays, with new contents.
-    s[...], t[...] = other.student, other.teacher
-    judged = other.judged(calls.divergence)
+    calls.raw(s, t, y, T, a)
+    s[...], t[...] = turned.student, turned.teacher
     loss, gradient = calls.raw(s, t, y, T, a)
-    exact = judged.exact
-    code = f"({_CALL}, s.__setitem__(..., t[:, ::-1].copy()), {_CALL})[2]"
-    words = "after the arrays were filled with other numbers it should be"
-    # Shown with the student's array alone, so that one line can.
-    yield from _losses(loss.astype(REAL), exact.loss, judged.loss, f"{code}[0]", words)
-    yield from _gradients(gradient.astype(REAL), exact.gradient, judged.gradient, f"{code}[1]", words)
+    turn = "s.__setitem__(..., s[:, ::-1].copy()), t.__setitem__(..., t[:, ::-1].copy())"
+    code = f"({_CALL}, {turn}, {_CALL})[3]"
+    again, of_turned = Answer(loss.astype(REAL), gradient.astype(REAL)), turned.judged(calls.divergence)
+    words = "in arrays that had other contents in the call before, in fresh arrays it is"
+    yield from _same(again, fresh, of_turned, of_turned, code, words)
 
 
 # --- the specification's --------------------------------------------------------------------------------------------
@@ -412,7 +435,15 @@ def antiderivative(calls: Calls, case: Case) -> Iterator[Finding]:
         "(lambda f, x, w: (f(1)[0] - f(0)[0], sum(v * (f(u)[1] * (t - s)).sum(-1) for u, v in zip((x + 1) / 2, w / 2))))"
         "(lambda u: loss_and_gradient(s + u * (t - s), t, y, T, a), *np.polynomial.legendre.leggauss(10))"
     )
-    yield from _losses(rises, integrals, allowed, code, "(its change along the line), the gradient's integral is")
+    yield from _finding(
+        _off(rises, integrals),
+        allowed,
+        code,
+        lambda i: (
+            f"the loss of row {i} changes by {_text(rises[i])} along the line, and the integral of its gradient is "
+            f"{_text(integrals[i])}"
+        ),
+    )
 
 
 @falsifier(
@@ -492,8 +523,7 @@ def derivative(calls: Calls, case: Case) -> Iterator[Finding]:
         return
     (B, V), single = case.shape, case.student.dtype == np.float32
     directions = np.eye(V) if V <= 4 else np.round(np.cos(np.outer(np.arange(1, 4), np.arange(V) + 1.0)), 2)
-    scale = case.temperature if case.alpha == 0 else min(1.0, case.temperature)
-    h = float(2.0 ** np.floor(np.log2(scale * (0.1 if single else 0.01))))
+    h = float(2.0 ** np.floor(np.log2(min(1.0, case.temperature) * (0.1 if single else 0.01))))
     offsets = np.array([-2, -1, 1, 2]) * h
     weights = np.array([1, -8, 8, -1], REAL) / (12 * REAL(h))
     near = _stacked(case, (case.student + offsets[:, None, None, None] * directions[:, None, :]).reshape(-1, B, V))
@@ -506,13 +536,17 @@ def derivative(calls: Calls, case: Case) -> Iterator[Finding]:
     def slopes(gradient: Any) -> Any:
         return (gradient * directions[:, None, :]).sum(axis=-1)
 
-    rounding = np.tensordot(np.abs(weights), judged.loss.reshape(4, -1, B), 1)
+    # Of the loss at hand too, which may be far from the exact one and still have this gradient.
+    roundoff = np.finfo(case.student.dtype).eps
+    rounding = np.tensordot(np.abs(weights), (judged.loss + 8 * roundoff * np.abs(moved.loss)).reshape(4, -1, B), 1)
+    coarse = (moved.loss.reshape(4, -1, B)[2] - moved.loss.reshape(4, -1, B)[1]) / (2 * REAL(h))
     truncation = np.abs(quotients(judged.exact.loss) - slopes(here.exact.gradient))
-    if calls.divergence == "tvd" or getattr(calls.divergence, "name", "") == "tvd":
+    if _divergence_name(calls) == "tvd":
         truncation = np.where(_kinks(case, 3 * h * np.abs(directions).max()), np.inf, truncation)
     size = np.sqrt(np.square(directions).sum(axis=-1))[:, None]
-    allowed = rounding + 10 * truncation + size * here.gradient
     found, expected = slopes(answer.gradient), quotients(moved.loss)
+    own = size * np.sqrt(np.square(answer.gradient).sum(axis=-1)) * 8 * roundoff + 0.01 * np.abs(expected - coarse)
+    allowed = rounding + 10 * truncation + size * here.gradient + np.where(np.isfinite(own), own, 0)
 
     def note(i: int) -> str:
         k, row = divmod(i, B)
@@ -570,11 +604,14 @@ def alpha_is_linear(calls: Calls, case: Case) -> Iterator[Finding]:
     answers = [(weight, calls(end), end.judged(calls.divergence)) for weight, end in ends]
     here, judged = calls(case), case.judged(calls.divergence)
     words = "mixed from both ends it would be"
+    roundoff = 8 * np.finfo(case.student.dtype).eps
     loss = sum(weight * answer.loss for weight, answer, _ in answers)
-    allowed = judged.loss + sum(float(weight) * end.loss for weight, _, end in answers)
+    own = sum(roundoff * weight * np.abs(answer.loss) for weight, answer, _ in answers)
+    allowed = judged.loss + sum(float(weight) * end.loss for weight, _, end in answers) + own
     yield from _losses(here.loss, loss, allowed, f"loss_and_gradient(s, t, y, T, {case.alpha})[0]", words)
     gradient = sum(weight * answer.gradient for weight, answer, _ in answers)
-    allowed = judged.gradient + sum(float(weight) * end.gradient for weight, _, end in answers)
+    own = sum(roundoff * weight * np.sqrt(np.square(x.gradient).sum(axis=-1)) for weight, x, _ in answers)
+    allowed = judged.gradient + sum(float(weight) * end.gradient for weight, _, end in answers) + own
     yield from _gradients(here.gradient, gradient, allowed, f"loss_and_gradient(s, t, y, T, {case.alpha})[1]", words)
 
 
@@ -658,7 +695,7 @@ def batches_may_be_split(calls: Calls, case: Case) -> Iterator[Finding]:
         there, of_rows = _part(answer, judged, index)
         code = f"loss_and_gradient(s[{text}], t[{text}], y[{text}], T, a)"
         yield from _same(
-            calls(part), there, part.judged(calls.divergence), of_rows, code, f"(rows {text}), in the whole batch it is"
+            calls(part), there, part.judged(calls.divergence), of_rows, code, f"in rows {text}, in the whole batch it is"
         )
 
 
@@ -767,22 +804,19 @@ def gradient_rows_sum_to_zero(calls: Calls, case: Case) -> Iterator[Finding]:
     divergences=("forward_kl", "reverse_kl"),
 )
 def large_temperature(calls: Calls, case: Case) -> Iterator[Finding]:
-    for T in (100.0, 1000.0):
+    for T in (1000.0, 10000.0):
         hot = case.but(temperature=T, alpha=0.0)
         answer, judged = calls(hot), hot.judged(calls.divergence)
         apart = case.student.astype(REAL) - case.teacher
         c = apart - apart.mean(axis=-1, keepdims=True)
         loss, gradient = np.square(c).sum(axis=-1) / (2 * case.shape[1]), c / case.shape[1]
-        far = np.sqrt(np.square(judged.exact.gradient - gradient).sum(axis=-1))
-        allowed = judged.loss + np.abs(judged.exact.loss - loss)
-        yield from _losses(answer.loss, loss, allowed, f"loss_and_gradient(s, t, y, {T}, 0.0)[0]", "its limit is")
-        yield from _gradients(
-            answer.gradient,
-            gradient,
-            judged.gradient + far,
-            f"loss_and_gradient(s, t, y, {T}, 0.0)[1]",
-            "its limit is",
-        )
+        # Relative terms of the next order, of the size of the logits over T, are not held against the implementation.
+        rest = 8 * (np.abs(case.student).max() + np.abs(case.teacher).max()) / T
+        allowed, code = judged.loss + rest * loss, f"loss_and_gradient(s, t, y, {T}, 0.0)[0]"
+        yield from _losses(answer.loss, loss, allowed, code, "its limit as T grows is")
+        allowed = judged.gradient + rest * np.sqrt(np.square(gradient).sum(axis=-1))
+        code = f"loss_and_gradient(s, t, y, {T}, 0.0)[1]"
+        yield from _gradients(answer.gradient, gradient, allowed, code, "its limit as T grows is")
 
 
 # --- classes that are ruled out -------------------------------------------------------------------------------------
@@ -801,7 +835,7 @@ def shared_classes(calls: Calls, case: Case) -> Iterator[Finding]:
     ruled_out = (case.student == -np.inf) & (case.teacher == -np.inf)
     for i in range(case.shape[0]):
         keep = ~ruled_out[i]
-        if ruled_out[i, case.labels[i]] and case.alpha > 0:
+        if keep.sum() < 2 or (ruled_out[i, case.labels[i]] and case.alpha > 0):
             continue
         place = int(keep[: case.labels[i]].sum()) if keep[case.labels[i]] else 0
         small = case.but(
@@ -820,18 +854,23 @@ def shared_classes(calls: Calls, case: Case) -> Iterator[Finding]:
         )
 
 
-for _id, _name, _who, _rest in (
-    ("TEACHER", "teacher -inf", "teacher", "classes that the teacher alone rules out add nothing to KL(p || q)"),
-    ("STUDENT", "student -inf", "student", "p > 0 = q makes KL(p || q) +inf, with the finite gradient T (q - p)"),
-):
-    falsifier(
-        f"F-KD-SUPPORT-{_id}",
-        f"Classes that the {_who} alone rules out have their exact values, +inf where the divergence is, never NaN.",
-        reference=_rest,
-        fixtures=(_name,),
-        search={"supports": (_who,)},
-        needs=("neg_inf", "distillation"),
-    )(_both)
+falsifier(
+    "F-KD-SUPPORT-TEACHER",
+    "Classes that the teacher alone rules out have their exact values, +inf where the divergence is, never NaN.",
+    reference="p = 0 adds nothing to KL(p || q)",
+    fixtures=("teacher -inf",),
+    search={"supports": ("teacher",)},
+    needs=("neg_inf", "distillation"),
+)(_both)
+
+falsifier(
+    "F-KD-SUPPORT-STUDENT",
+    "Classes that the student alone rules out have their exact values, +inf where the divergence is, never NaN.",
+    reference="p > 0 = q makes KL(p || q) +inf, with the finite gradient T (q - p)",
+    fixtures=("student -inf",),
+    search={"supports": ("student",)},
+    needs=("neg_inf", "distillation"),
+)(_both)
 
 falsifier(
     "F-KD-SUPPORT-LABEL",
@@ -899,25 +938,34 @@ falsifier(
 
 _BOUNDS = "kdcore.testing.bounds"
 
-for _part_of in ("loss", "gradient"):
+
+
+def _accuracy(part: str, dtype: str, **options: Any) -> None:
     falsifier(
-        f"F-KD-{_part_of.upper()}-64",
-        f"The {_part_of} of float64 logits is the textbook's, within float64's bounds.",
+        f"F-KD-{part.upper()}-{dtype[-2:]}",
+        f"The {part} of {dtype} logits is the textbook's, within {dtype}'s bounds.",
+        needs=(dtype,),
+        dtype=dtype,
+        **options,
+    )(_against_the_textbook(part))
+
+
+for _part_of in ("loss", "gradient"):
+    _accuracy(
+        _part_of,
+        "float64",
         reference=_BOUNDS,
         fixtures=("ordinary", "tiny"),
         search={"scales": (0.01, 0.1, 1.0, 3.0, 10.0, 30.0)},
-        needs=("float64",),
-    )(_against_the_textbook(_part_of))
+    )
 for _part_of in ("loss", "gradient"):
-    falsifier(
-        f"F-KD-{_part_of.upper()}-32",
-        f"The {_part_of} of float32 logits is the textbook's, within float32's bounds.",
+    _accuracy(
+        _part_of,
+        "float32",
         reference=f"{_BOUNDS}; gradients in 16 bits beside an exact loss",
         fixtures=("ordinary, float32",),
         search={"scales": (0.1, 1.0, 3.0, 10.0)},
-        needs=("float32",),
-        dtype="float32",
-    )(_against_the_textbook(_part_of))
+    )
 
 falsifier(
     "F-KD-LARGE-LOGITS-32",
@@ -969,24 +1017,24 @@ def masks_are_consistent(calls: Calls, case: Case) -> Iterator[Finding]:
     if not soft.exact.loss[0] > 10 * soft.loss[0]:
         return  # nothing to mask
     loss, gradient = abs(float(answer.loss[0])), float(np.abs(answer.gradient[0]).max())
-    code = f"loss_and_gradient(s, t, {_masked_labels(masked)}, T, a)"
+    code = f"loss_and_gradient(s, t, {_masked_labels(masked)}, T, {masked.alpha})"
     if loss == 0:
         yield Finding(gradient, 0.0, f"{code}[1]", f"row 0 is masked, its loss is 0, but its gradient is {gradient:.4g}")
     elif gradient == 0:
         yield Finding(loss, 0.0, f"{code}[0]", f"row 0 is masked, its gradient is 0, but its loss is {loss:.10g}")
     if loss == 0 or gradient == 0:
-        yield from _rest(calls, case, answer, code)
+        yield from _other_rows(calls, case, answer, code)
 
 
 def _masked_labels(masked: Case) -> str:
     return f"np.array({masked.labels.tolist()})"
 
 
-def _rest(calls: Calls, case: Case, answer: Answer, code: str) -> Iterator[Finding]:
+def _other_rows(calls: Calls, case: Case, answer: Answer, code: str) -> Iterator[Finding]:
     """The rows but the first, as if that were not there."""
     if case.shape[0] > 1:
         rest, judged = _part(answer, case.judged(calls.divergence), slice(1, None))
-        words = "(rows after the masked one), the exact one is"
+        words = "after the masked row, the exact one is"
         yield from _losses(rest.loss, judged.exact.loss, judged.loss, f"{code}[0][1:]", words)
         yield from _gradients(rest.gradient, judged.exact.gradient, judged.gradient, f"{code}[1][1:]", words)
 
@@ -1024,4 +1072,4 @@ def _ignored(calls: Calls, case: Case, masked: Case, logits: str) -> Iterator[Fi
     loss, gradient = abs(float(answer.loss[0])), float(np.abs(answer.gradient[0]).max())
     yield Finding(loss, 0.0, f"{code}[0]", f"row 0 is masked, and its loss is {loss:.10g}")
     yield Finding(gradient, 0.0, f"{code}[1]", f"row 0 is masked, and its gradient is {gradient:.4g}")
-    yield from _rest(calls, case, answer, code)
+    yield from _other_rows(calls, case, answer, code)

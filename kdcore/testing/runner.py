@@ -16,7 +16,7 @@ from kdcore.testing.registry import Falsifier, Finding, as_features, selected
 from kdcore.testing.report import FalsificationReport, Result
 from kdcore.testing.shrinking import shrunk
 
-__all__ = ["falsify", "try_one"]
+__all__ = ["falsify", "try_one", "worst_finding"]
 
 #: A counterexample whose number is this many times the limit is as good as one with any larger number.
 _PLAIN = 1e4
@@ -120,6 +120,7 @@ def _name(function: Any) -> str:
 
 
 def not_claimed(entry: Falsifier) -> Result:
+    """The result of a falsifier that was not tried."""
     return Result(entry.id, entry.statement, entry.reference, None)
 
 
@@ -140,7 +141,7 @@ def try_one(
     nearest, worst, number = Finding(0.0, 0.0, "", ""), None, 0
     for case in _cases(entry, claimed, max_examples, seed):
         number += 1
-        finding = _worst_finding(entry, calls, case)
+        finding = worst_finding(entry, calls, case)
         if finding is None:
             continue
         if not finding.broken:
@@ -152,7 +153,7 @@ def try_one(
     named = entry.id, entry.statement, entry.reference
     if worst is None:
         return Result(*named, True, measured=nearest.measured, allowed=nearest.allowed, cases=number)
-    case, finding = _smallest(entry, calls, *worst)
+    case, finding = _smallest(entry, calls, claimed, *worst)
     snippet = f"import numpy as np; {case.code}\n{finding.code}"
     found = finding.note[:1].upper() + finding.note[1:]
     example = f"{found}.\nMeasured {finding.measured:.6g}, allowed {finding.allowed:.3g}.\n{snippet}"
@@ -162,10 +163,14 @@ def try_one(
 def _cases(entry: Falsifier, claimed: frozenset[str], max_examples: int, seed: int) -> Iterator[Case]:
     """The hand-picked ones, then those that are drawn: where one of the first fails, none of the latter is needed."""
     for case in entry.cases():
-        yield adapted(case, claimed)
+        within = adapted(case, claimed)
+        if within is not None:
+            yield within
     if max_examples and entry.search:
         for case in _drawn(entry, max_examples, seed):
-            yield adapted(case, claimed)
+            within = adapted(case, claimed)
+            if within is not None:
+                yield within
 
 
 def _drawn(entry: Falsifier, max_examples: int, seed: int) -> list[Case]:
@@ -194,7 +199,8 @@ def _drawn(entry: Falsifier, max_examples: int, seed: int) -> list[Case]:
     return found
 
 
-def _worst_finding(entry: Falsifier, calls: Calls, case: Case) -> Finding | None:
+def worst_finding(entry: Falsifier, calls: Calls, case: Case) -> Finding | None:
+    """What a falsifier finds of one case: the number that is furthest beyond its limit; None where it says nothing."""
     worst: Finding | None = None
     try:
         with np.errstate(all="ignore"):
@@ -206,21 +212,24 @@ def _worst_finding(entry: Falsifier, calls: Calls, case: Case) -> Finding | None
     return worst
 
 
-def _smallest(entry: Falsifier, calls: Calls, case: Case, finding: Finding) -> tuple[Case, Finding]:
+def _smallest(
+    entry: Falsifier, calls: Calls, claimed: frozenset[str], case: Case, finding: Finding
+) -> tuple[Case, Finding]:
     """The counterexample shrunk, to one that is as plain and of the same kind."""
     wanted, kind, best = min(finding.excess, _PLAIN), _kind(finding), finding
+    usable = _usable(case)
 
     def fails(smaller: Case) -> bool:
         nonlocal best
-        if not _usable(smaller):
+        if (usable and not _usable(smaller)) or adapted(smaller, claimed) is not smaller:
             return False
-        found = _worst_finding(entry, calls, smaller)
+        found = worst_finding(entry, calls, smaller)
         if found is None or not found.broken or found.excess < wanted or _kind(found) != kind:
             return False
         best = found
         return True
 
-    budget = max(20, min(400, _SHRINK_ELEMENTS // case.student.size))
+    budget = max(20, min(300, _SHRINK_ELEMENTS // case.student.size))
     return shrunk(case, fails, budget), best
 
 
