@@ -100,9 +100,13 @@ def _parser() -> argparse.ArgumentParser:
         "--features", metavar="A,B,...", help="what is claimed; by default all but ignore_index. -NAME: all but NAME"
     )
     falsify.add_argument(
-        "--adapter", metavar="NAME", help="scalar, torch, torch-mean, jax, jax-mean or keras: see kdcore.testing.adapters"
+        "--adapter",
+        metavar="NAME",
+        help="scalar, torch, torch-mean, jax, jax-mean or keras: see kdcore.testing.adapters",
     )
-    falsify.add_argument("--max-examples", type=int, default=20, metavar="N", help="drawn for each (default: %(default)s)")
+    falsify.add_argument(
+        "--max-examples", type=int, default=20, metavar="N", help="drawn for each (default: %(default)s)"
+    )
     falsify.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: %(default)s)")
     falsify.add_argument("--json", action="store_true", help="print the report as JSON")
     falsify.add_argument("--failures", action="store_true", help="list what failed alone")
@@ -147,7 +151,9 @@ def _falsify(options: argparse.Namespace) -> int:
         without = {name[1:] for name in names if name.startswith("-")}
         unknown = without - FEATURES.keys()
         if unknown:
-            raise _UsageError(f"--features: no feature is called {', '.join(sorted(unknown))}; there are {', '.join(FEATURES)}")
+            raise _UsageError(
+                f"--features: no feature is called {', '.join(sorted(unknown))}; there are {', '.join(FEATURES)}"
+            )
         features = [name for name in names if not name.startswith("-")]
         if without:
             features += [name for name in FEATURES if name not in without]

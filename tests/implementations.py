@@ -101,7 +101,9 @@ class Chunked(Right):
 
 class RowByRow(Right):
     def __call__(self, s, t, y, T, alpha):
-        rows = [super(RowByRow, self).__call__(s[i : i + 1], t[i : i + 1], y[i : i + 1], T, alpha) for i in range(len(s))]
+        rows = [
+            super(RowByRow, self).__call__(s[i : i + 1], t[i : i + 1], y[i : i + 1], T, alpha) for i in range(len(s))
+        ]
         return np.concatenate([row[0] for row in rows]), np.concatenate([row[1] for row in rows])
 
 
@@ -119,10 +121,29 @@ class FusedTerms(Right):
         return T * T * (z_s - z_t + weighted(p, ((t_ - u) - (s_ - m)) / T)), T * (q - p)
 
 
+class InLanes(Right):
+    """Sums one after another, in 16 lanes, as vector units add."""
+
+    @staticmethod
+    def total(x):
+        padded = np.zeros((*x.shape[:-1], -(-x.shape[-1] // 16) * 16), x.dtype)
+        padded[..., : x.shape[-1]] = x
+        return np.cumsum(padded.reshape(*x.shape[:-1], -1, 16), axis=-2, dtype=x.dtype)[..., -1, :].sum(axis=-1)
+
+    def log_softmax(self, x):
+        x = x - x.max(axis=-1, keepdims=True)
+        return x - np.log(self.total(np.exp(x)))[..., None]
+
+    def divergence(self, log_p, log_q):
+        p = np.exp(log_p)
+        return self.total(np.where(p > 0, p * (log_p - log_q), 0))
+
+
 RIGHT = {
     make.__name__: make()
     for make in (
         Right, ShiftedAfterwards, InFloat64, InLongDouble, FromProbabilities, BaseTwo, Chunked, RowByRow, FusedTerms,
+        InLanes,
     )
 }  # fmt: skip
 
@@ -235,7 +256,10 @@ patched("T in float32", lambda s, t, y, T, a: right(s, t, y, float(np.float32(T)
 patched("T at least 0.1", lambda s, t, y, T, a: right(s, t, y, max(T, 0.1), a))
 patched("T at most 10", lambda s, t, y, T, a: right(s, t, y, min(T, 10.0), a))
 outcome("gradient not scaled by alpha", gradient=lambda g, s, t, y, T, a: right(s, t, y, T, 0.0)[1] if a < 1 else g)
-outcome("soft gradient not scaled", gradient=lambda g, s, t, y, T, a: a * right(s, t, y, T, 1.0)[1] + right(s, t, y, T, 0.0)[1])
+outcome(
+    "soft gradient not scaled",
+    gradient=lambda g, s, t, y, T, a: a * right(s, t, y, T, 1.0)[1] + right(s, t, y, T, 0.0)[1],
+)
 outcome("loss without alpha", loss=lambda x, s, t, y, T, a: right(s, t, y, T, 1.0)[0] + right(s, t, y, T, 0.0)[0])
 patched("alpha one falls back to a half", lambda s, t, y, T, a: right(s, t, y, T, 0.5 if a == 1 else a))
 patched("alpha zero is taken as not given", lambda s, t, y, T, a: right(s, t, y, T, a or 0.5))
@@ -248,7 +272,10 @@ outcome("mean over classes", loss=lambda x, s, *_: x / s.shape[1], gradient=lamb
 outcome("only the first row", gradient=lambda g, s, *_: g * (np.arange(len(s)) == 0)[:, None])
 outcome("only the last row", gradient=lambda g, s, *_: g * (np.arange(len(s)) == len(s) - 1)[:, None])
 outcome("rows after the 1024th are zero", loss=lambda x, s, *_: x * (np.arange(len(s)) < 1024))
-outcome("rows of the last block of 32", gradient=lambda g, s, *_: g * (np.arange(len(s)) < max(len(s) // 32 * 32, 1))[:, None])
+outcome(
+    "rows of the last block of 32",
+    gradient=lambda g, s, *_: g * (np.arange(len(s)) < max(len(s) // 32 * 32, 1))[:, None],
+)
 
 
 @planted
@@ -303,12 +330,16 @@ class LogOfTheRatioPlusEps(Right):
 
 
 for limit in (30.0, 50.0, 100.0, 1000.0):
-    patched(f"logits within {limit}", lambda s, t, y, T, a, c=limit: right(np.clip(s, -c, c), np.clip(t, -c, c), y, T, a))
+    patched(
+        f"logits within {limit}", lambda s, t, y, T, a, c=limit: right(np.clip(s, -c, c), np.clip(t, -c, c), y, T, a)
+    )
 for limit in (20.0, 88.0, 100.0, 700.0):
     outcome(f"loss of at most {limit}", loss=lambda x, *_, c=limit: np.minimum(x, c))
 for limit in (1.0, 10.0, 100.0, 1000.0):
     outcome(f"gradient within {limit}", gradient=lambda g, *_, c=limit: np.clip(g, -c, c))
-outcome("gradient of norm at most 1", gradient=lambda g, *_: g / np.maximum(1, np.linalg.norm(g, axis=-1, keepdims=True)))
+outcome(
+    "gradient of norm at most 1", gradient=lambda g, *_: g / np.maximum(1, np.linalg.norm(g, axis=-1, keepdims=True))
+)
 outcome("loss not below zero, or NaN", loss=lambda x, *_: np.where(x > 1e-6, x, 0))
 outcome("infinite losses become large", loss=lambda x, *_: np.nan_to_num(x))
 outcome("infinite losses become zero", loss=lambda x, *_: np.where(np.isfinite(x), x, 0))
@@ -330,9 +361,18 @@ class UniformWhereNotFinite(Right):
         return np.where(np.isfinite(found).all(axis=-1, keepdims=True), found, -np.log(x.shape[-1]))
 
 
-patched("-inf becomes -1e9, then 0", lambda s, t, y, T, a: right(np.nan_to_num(s, neginf=0.0), np.nan_to_num(t, neginf=0.0), y, T, a))
-patched("-inf becomes -100", lambda s, t, y, T, a: right(np.nan_to_num(s, neginf=-100.0), np.nan_to_num(t, neginf=-100.0), y, T, a))
-patched("-inf becomes -1e4", lambda s, t, y, T, a: right(np.nan_to_num(s, neginf=-1e4), np.nan_to_num(t, neginf=-1e4), y, T, a))
+patched(
+    "-inf becomes -1e9, then 0",
+    lambda s, t, y, T, a: right(np.nan_to_num(s, neginf=0.0), np.nan_to_num(t, neginf=0.0), y, T, a),
+)
+patched(
+    "-inf becomes -100",
+    lambda s, t, y, T, a: right(np.nan_to_num(s, neginf=-100.0), np.nan_to_num(t, neginf=-100.0), y, T, a),
+)
+patched(
+    "-inf becomes -1e4",
+    lambda s, t, y, T, a: right(np.nan_to_num(s, neginf=-1e4), np.nan_to_num(t, neginf=-1e4), y, T, a),
+)
 
 
 @planted
@@ -347,8 +387,14 @@ def weighted_terms(p, log_ratio):
     return np.where(p > 0, p * log_ratio, 0)
 
 
-outcome("NaN gradient of an infinite loss", gradient=lambda g, s, t, y, T, a: np.where(np.isfinite(right(s, t, y, T, a)[0])[:, None], g, np.nan))
-outcome("zero gradient of an infinite loss", gradient=lambda g, s, t, y, T, a: np.where(np.isfinite(right(s, t, y, T, a)[0])[:, None], g, 0))
+outcome(
+    "NaN gradient of an infinite loss",
+    gradient=lambda g, s, t, y, T, a: np.where(np.isfinite(right(s, t, y, T, a)[0])[:, None], g, np.nan),
+)
+outcome(
+    "zero gradient of an infinite loss",
+    gradient=lambda g, s, t, y, T, a: np.where(np.isfinite(right(s, t, y, T, a)[0])[:, None], g, 0),
+)
 
 
 def _zero_times_infinity(s, t, y, T, a):
@@ -376,11 +422,24 @@ class LogOfSoftmax(Right):
 
 
 patched("teacher in float16", lambda s, t, y, T, a: right(s, t.astype(np.float16).astype(s.dtype), y, T, a))
-patched("float32 inside", lambda s, t, y, T, a: [x.astype(s.dtype) for x in right(s.astype(np.float32), t.astype(np.float32), y, T, a)])
+patched(
+    "float32 inside",
+    lambda s, t, y, T, a: [x.astype(s.dtype) for x in right(s.astype(np.float32), t.astype(np.float32), y, T, a)],
+)
 outcome("gradient in float16", gradient=lambda g, *_: g.astype(np.float16).astype(g.dtype))
-outcome("gradient in bfloat16", gradient=lambda g, *_: ((g.astype(np.float32).view(np.uint32) + 0x8000) & 0xFFFF0000).view(np.float32).astype(g.dtype))
-outcome("float32 gradients in float16", gradient=lambda g, *_: g.astype(np.float16).astype(g.dtype) if g.dtype == np.float32 else g)
-outcome("float32 losses in float16", loss=lambda x, *_: x.astype(np.float16).astype(x.dtype) if x.dtype == np.float32 else x)
+outcome(
+    "gradient in bfloat16",
+    gradient=lambda g, *_: (
+        ((g.astype(np.float32).view(np.uint32) + 0x8000) & 0xFFFF0000).view(np.float32).astype(g.dtype)
+    ),
+)
+outcome(
+    "float32 gradients in float16",
+    gradient=lambda g, *_: g.astype(np.float16).astype(g.dtype) if g.dtype == np.float32 else g,
+)
+outcome(
+    "float32 losses in float16", loss=lambda x, *_: x.astype(np.float16).astype(x.dtype) if x.dtype == np.float32 else x
+)
 outcome("loss in float32", loss=lambda x, *_: x.astype(np.float32).astype(x.dtype))
 outcome("loss of four decimals", loss=lambda x, *_: np.round(x, 4))
 
@@ -698,27 +757,53 @@ BUGS_OF = {
     "reverse KL is forward": ("reverse_kl", RIGHT_OF["forward_kl"]),
     "reverse KL's gradient without its mean": (
         "reverse_kl",
-        type("Uncentred", (Divergence,), {
-            "soft": lambda self, s, t, T: (
-                T * T * reverse_kl(log_softmax(t / T), log_softmax(s / T), 0)[0],
-                T * reverse_kl(log_softmax(t / T), log_softmax(s / T), 0)[1],
-            )
-        })(reverse_kl),
+        type(
+            "Uncentred",
+            (Divergence,),
+            {
+                "soft": lambda self, s, t, T: (
+                    T * T * reverse_kl(log_softmax(t / T), log_softmax(s / T), 0)[0],
+                    T * reverse_kl(log_softmax(t / T), log_softmax(s / T), 0)[1],
+                )
+            },
+        )(reverse_kl),
     ),
     "JSD in bits": ("jsd", Divergence(lambda p, q, c: tuple(x / np.log(2) for x in jsd(p, q, c)))),
-    "JSD's square root": ("jsd", Divergence(lambda p, q, c: (np.sqrt(np.maximum(jsd(p, q, c)[0], 0)), jsd(p, q, c)[1]))),
+    "JSD's square root": (
+        "jsd",
+        Divergence(lambda p, q, c: (np.sqrt(np.maximum(jsd(p, q, c)[0], 0)), jsd(p, q, c)[1])),
+    ),
     "JSD halved": ("jsd", halved("loss")),
     "JSD's gradient halved": ("jsd", halved("gradient")),
     "JSD with the mean in log space": (
         "jsd",
-        Divergence(lambda p, q, c: (0.5 * weighted(np.exp(p), (p - q) / 2) + 0.5 * weighted(np.exp(q), (q - p) / 2), jsd(p, q, c)[1])),
+        Divergence(
+            lambda p, q, c: (
+                0.5 * weighted(np.exp(p), (p - q) / 2) + 0.5 * weighted(np.exp(q), (q - p) / 2),
+                jsd(p, q, c)[1],
+            )
+        ),
     ),
-    "JSD is symmetric KL": ("jsd", Divergence(lambda p, q, c: (0.5 * weighted(np.exp(p), p - q) + 0.5 * weighted(np.exp(q), q - p), jsd(p, q, c)[1]))),
+    "JSD is symmetric KL": (
+        "jsd",
+        Divergence(
+            lambda p, q, c: (0.5 * weighted(np.exp(p), p - q) + 0.5 * weighted(np.exp(q), q - p), jsd(p, q, c)[1])
+        ),
+    ),
     "skew forward, shares swapped": ("skew_forward_kl", Divergence(skew_forward_kl, 0.9)),
     "skew reverse, shares swapped": ("skew_reverse_kl", Divergence(skew_reverse_kl, 0.9)),
     "skew forward is skew reverse": ("skew_forward_kl", Divergence(skew_reverse_kl, 0.1)),
     "TVD not halved": ("tvd", Divergence(lambda p, q, c: tuple(2 * x for x in tvd(p, q, c)))),
-    "TVD is the largest difference": ("tvd", Divergence(lambda p, q, c: (np.abs(np.exp(p) - np.exp(q)).max(axis=-1), tvd(p, q, c)[1]))),
-    "alpha is Bhattacharyya's": ("alpha", Divergence(lambda p, q, c: (-np.log(np.exp((p + q) / 2).sum(axis=-1)), alpha_divergence(p, q, c)[1]))),
-    "alpha without its factor": ("alpha", Divergence(lambda p, q, c: (1 - np.exp((p + q) / 2).sum(axis=-1), alpha_divergence(p, q, c)[1] / 4))),
+    "TVD is the largest difference": (
+        "tvd",
+        Divergence(lambda p, q, c: (np.abs(np.exp(p) - np.exp(q)).max(axis=-1), tvd(p, q, c)[1])),
+    ),
+    "alpha is Bhattacharyya's": (
+        "alpha",
+        Divergence(lambda p, q, c: (-np.log(np.exp((p + q) / 2).sum(axis=-1)), alpha_divergence(p, q, c)[1])),
+    ),
+    "alpha without its factor": (
+        "alpha",
+        Divergence(lambda p, q, c: (1 - np.exp((p + q) / 2).sum(axis=-1), alpha_divergence(p, q, c)[1] / 4)),
+    ),
 }

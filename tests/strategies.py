@@ -1,4 +1,4 @@
-"""The strategies of kdcore.testing, with bfloat16 among the dtypes, and the pairs of dtypes that kernels are compiled for.
+"""The strategies of kdcore.testing with bfloat16 among the dtypes, and the pairs of dtypes that kernels are made for.
 
 Dtypes are best given by the test, one pair at a time.
 """
@@ -17,6 +17,8 @@ from kdcore.testing.strategies import (
     Problem,
     alphas,
     narrowed,
+    row,
+    rule_out,
     seeds,
     shares,
     temperatures,
@@ -37,6 +39,8 @@ __all__ = [
     "logits_arrays",
     "narrowed",
     "problems",
+    "row",
+    "rule_out",
     "seeds",
     "shares",
     "temperatures",

@@ -707,7 +707,9 @@ def test_other():
 
 def pytest_run(folder, *options):
     (folder / "test_mine.py").write_text(MODULE + TESTS, encoding="utf-8")
-    (folder / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\nfilterwarnings = error\n", encoding="utf-8")
+    (folder / "pytest.ini").write_text(
+        "[pytest]\naddopts = --strict-markers\nfilterwarnings = error\n", encoding="utf-8"
+    )
     command = [sys.executable, "-m", "pytest", "-p", "kdcore.testing.plugin", "-q", "-rfs", "--no-header", *options]
     return subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
 
@@ -757,7 +759,9 @@ def test_command(module, capsys):
     assert main(["falsify", f"{module}:reversed_", CLAIMED, "--max-examples", "0", "--failures"]) == 1
     out = capsys.readouterr().out
     assert "✗ F-KD-FORWARD-KL-001" in out and "✓" not in out
-    assert main(["falsify", f"{module}:mine", "--divergence", "reverse_kl", CLAIMED, "--max-examples", "0", "--json"]) == 1
+    assert (
+        main(["falsify", f"{module}:mine", "--divergence", "reverse_kl", CLAIMED, "--max-examples", "0", "--json"]) == 1
+    )
     data = json.loads(capsys.readouterr().out)
     assert data["divergence"] == "reverse_kl" and "F-KD-LOSS-64" in data["failed"]
     assert main(["falsify", f"{module}:mine", "--features=-neg_inf", "--max-examples", "0", "--json"]) == 0

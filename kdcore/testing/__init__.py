@@ -48,7 +48,8 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 #: Modules that are attributes without an import of their own.
 _SUBMODULES = ("adapters", "bounds", "strategies", "textbook")
 
-__all__ = [*_MODULE_OF, *_SUBMODULES]
+__all__ = list(_MODULE_OF)
+__all__ += list(_SUBMODULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
 """Losses of other shapes and conventions as :func:`kdcore.testing.falsify` takes them.
 
 Each adapter returns ``loss_and_gradient(student, teacher, labels, temperature, alpha) -> (loss [B], gradient [B, V])``.
-They compose, from the inside out: ``conventions(torch_loss(mine, reduction="mean"), alpha="distillation")``. A convention
-is mapped before it is judged, never called a bug. torch, JAX and Keras are imported when the adapter is called.
+They compose, from the inside out: ``conventions(torch_loss(mine, reduction="mean"), alpha="distillation")``. A
+convention is mapped before it is judged, never called a bug. torch, JAX and Keras are imported when a loss is called.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def scalar_loss(function: Callable[..., Any], *, reduction: str = "mean") -> Los
         What the number is: "mean" over the rows, "sum", or "mean_of_elements", which is divided by B V.
 
     A row's loss is that of a batch of this row alone. What the whole batch has beyond the sum of its rows is added to
-    each, so that a loss that is not the mean of its rows shows.
+    each, unless it is rounding, so that a loss that is not the mean of its rows shows.
 
     >>> import numpy as np
     >>> def batch_mean(s, t, y, T, alpha):
@@ -69,8 +69,11 @@ def scalar_loss(function: Callable[..., Any], *, reduction: str = "mean") -> Los
             loss[i] = elements * function(s[rows].copy(), teacher, y[rows].copy(), temperature, alpha)[0]
         with np.errstate(invalid="ignore"):
             beyond = whole - loss.sum()
+            rounding = np.abs(beyond) <= B * np.finfo(loss.dtype).eps * np.abs(loss).sum()
         # inf - inf: of a row that is infinite, which the whole is too.
-        return loss + (beyond / B if not np.isnan(beyond) or np.isnan(whole) else 0), gradient
+        if rounding or (np.isnan(beyond) and not np.isnan(whole)):
+            return loss, gradient
+        return loss + beyond / B, gradient
 
     return _named(loss_and_gradient, function)
 
@@ -191,8 +194,9 @@ def kdcore_loss(divergence: Any = "forward_kl", *, to_device: Any = None, to_hos
 
     def loss_and_gradient(s: Any, t: Any, y: Any, temperature: float, alpha: float) -> tuple[Any, Any]:
         arrays = (s, t, y) if to_device is None else tuple(map(to_device, (s, t, y)))
+        student, teacher, labels = arrays
         result = kdcore.kd_loss_and_gradient(
-            *arrays, temperature, alpha, divergence=divergence, reduction="none", validate=False
+            student, teacher, labels, temperature, alpha, divergence=divergence, reduction="none", validate=False
         )
         host = np.asarray if to_host is None else to_host
         return host(result.loss), host(result.gradient)

@@ -12,12 +12,12 @@ from kdcore.testing.cases import Case
 from kdcore.testing.registry import Subject
 from kdcore.testing.textbook import REAL
 
-__all__ = ["Answer", "Broken", "Calls", "adapted"]
+__all__ = ["Answer", "BrokenCallError", "Calls", "adapted"]
 
 LossAndGradient = Callable[[Any, Any, Any, float, float], Any]
 
 
-class Broken(Exception):
+class BrokenCallError(Exception):
     """The implementation raised, or what it returned is no loss [B] and gradient [B, V]; the message says what."""
 
     def __init__(self, what: str, kind: str) -> None:
@@ -49,7 +49,7 @@ class Calls(Subject):
         except (Exception, SystemExit) as error:  # whatever the code under test raises is a finding
             name = type(error).__name__
             text = " ".join(str(error).split())
-            raise Broken(f"it raised {name}: {text[:300]}" if text else f"it raised {name}", name) from error
+            raise BrokenCallError(f"it raised {name}: {text[:300]}" if text else f"it raised {name}", name) from error
         return self._arrays(result, arguments[0])
 
     @staticmethod
@@ -57,20 +57,22 @@ class Calls(Subject):
         try:
             loss, gradient = result
         except (TypeError, ValueError):
-            raise Broken(f"it must return (loss, gradient), got {type(result).__name__}", "result") from None
+            raise BrokenCallError(f"it must return (loss, gradient), got {type(result).__name__}", "result") from None
         found = []
         for name, value, shape in (("loss", loss, student.shape[:1]), ("gradient", gradient, student.shape)):
             try:
                 array = np.asarray(value)
             except Exception as error:
-                raise Broken(f"the {name} is no array: {error}", "result") from error
+                raise BrokenCallError(f"the {name} is no array: {error}", "result") from error
             if array.dtype.kind != "f":
-                raise Broken(f"the {name} must be of a float dtype, got {array.dtype}", f"{name} dtype")
+                raise BrokenCallError(f"the {name} must be of a float dtype, got {array.dtype}", f"{name} dtype")
             if array.shape != shape:
                 hint = "; for the mean over a batch see kdcore.testing.adapters" if array.ndim == 0 else ""
-                raise Broken(f"the {name} must have the shape {shape}, got {array.shape}{hint}", f"{name} shape")
+                raise BrokenCallError(
+                    f"the {name} must have the shape {shape}, got {array.shape}{hint}", f"{name} shape"
+                )
             if array.dtype.itemsize < student.dtype.itemsize:
-                raise Broken(f"the {name} of {student.dtype} logits is {array.dtype}", f"{name} dtype")
+                raise BrokenCallError(f"the {name} of {student.dtype} logits is {array.dtype}", f"{name} dtype")
             found.append(array)
         return found[0], found[1]
 

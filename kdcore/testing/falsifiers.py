@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kdcore.testing.bounds import name_and_parameter
-from kdcore.testing.calls import Answer, Broken, Calls
+from kdcore.testing.calls import Answer, BrokenCallError, Calls
 from kdcore.testing.cases import Case, Judgement
 from kdcore.testing.registry import Finding, falsifier
 from kdcore.testing.textbook import REAL, kd_rows, log_softmax
@@ -41,7 +41,10 @@ def _worst(measured: Any, allowed: Any) -> int:
 
 def _finding(measured: Any, allowed: Any, code: str, note: Any) -> Iterator[Finding]:
     """The worst of some rows; ``note`` says of a row's index what was found there. Nothing of no rows."""
-    measured, allowed = np.atleast_1d(measured), np.broadcast_to(np.atleast_1d(allowed), np.shape(np.atleast_1d(measured)))
+    measured, allowed = (
+        np.atleast_1d(measured),
+        np.broadcast_to(np.atleast_1d(allowed), np.shape(np.atleast_1d(measured))),
+    )
     if measured.size:
         i = _worst(measured, allowed)
         yield Finding(float(measured[i]), float(allowed[i]), code, note(i) if callable(note) else note)
@@ -163,7 +166,7 @@ def not_finite(calls: Calls, case: Case) -> Iterator[Finding]:
         return
     try:
         loss, gradient = calls(case)
-    except Broken:
+    except BrokenCallError:
         return
     silent = not (np.isnan(loss[row]) or np.isnan(gradient[row]).any())
     yield Finding(float(silent), 0.0, _CALL, f"row {row} is no row of logits, and has the loss {_text(loss[row])}")
@@ -432,7 +435,8 @@ def antiderivative(calls: Calls, case: Case) -> Iterator[Finding]:
     allowed = allowed + np.sqrt(np.square(way).sum(axis=-1)) * of_gradients
     rises, integrals = rise(answer.loss), integral(answer.gradient)
     code = (
-        "(lambda f, x, w: (f(1)[0] - f(0)[0], sum(v * (f(u)[1] * (t - s)).sum(-1) for u, v in zip((x + 1) / 2, w / 2))))"
+        "(lambda f, x, w: (f(1)[0] - f(0)[0], sum(v * (f(u)[1] * (t - s)).sum(-1) for u, v in zip((x + 1) / 2, w / 2)))"
+        ")"
         "(lambda u: loss_and_gradient(s + u * (t - s), t, y, T, a), *np.polynomial.legendre.leggauss(10))"
     )
     yield from _finding(
@@ -551,8 +555,8 @@ def derivative(calls: Calls, case: Case) -> Iterator[Finding]:
     def note(i: int) -> str:
         k, row = divmod(i, B)
         return (
-            f"the loss of row {row} changes by {_text(expected[k, row])} per unit along a direction, by the gradient it "
-            f"is {_text(found[k, row])}"
+            f"the loss of row {row} changes by {_text(expected[k, row])} per unit along a direction, by the gradient "
+            f"it is {_text(found[k, row])}"
         )
 
     k = _worst(_off(found, expected).ravel(), allowed.ravel()) // B
@@ -644,9 +648,7 @@ def _shifted(calls: Calls, case: Case, name: str) -> Iterator[Finding]:
         moved = case.but(**{name: logits + logits.dtype.type(shift)})
         arguments = f"s + {shift}, t" if name == "student" else f"s, t + {shift}"
         code = f"loss_and_gradient({arguments}, y, T, a)"
-        yield from _same(
-            calls(moved), answer, moved.judged(calls.divergence), judged, code, "before the shift it was"
-        )
+        yield from _same(calls(moved), answer, moved.judged(calls.divergence), judged, code, "before the shift it was")
 
 
 @falsifier(
@@ -695,7 +697,12 @@ def batches_may_be_split(calls: Calls, case: Case) -> Iterator[Finding]:
         there, of_rows = _part(answer, judged, index)
         code = f"loss_and_gradient(s[{text}], t[{text}], y[{text}], T, a)"
         yield from _same(
-            calls(part), there, part.judged(calls.divergence), of_rows, code, f"in rows {text}, in the whole batch it is"
+            calls(part),
+            there,
+            part.judged(calls.divergence),
+            of_rows,
+            code,
+            f"in rows {text}, in the whole batch it is",
         )
 
 
@@ -939,7 +946,6 @@ falsifier(
 _BOUNDS = "kdcore.testing.bounds"
 
 
-
 def _accuracy(part: str, dtype: str, **options: Any) -> None:
     falsifier(
         f"F-KD-{part.upper()}-{dtype[-2:]}",
@@ -1011,7 +1017,7 @@ def masks_are_consistent(calls: Calls, case: Case) -> Iterator[Finding]:
     masked = case.but(labels=np.r_[-100, case.labels[1:]])
     try:
         answer = calls(masked)
-    except Broken:
+    except BrokenCallError:
         return
     soft = case.but(alpha=0.0).judged(calls.divergence)
     if not soft.exact.loss[0] > 10 * soft.loss[0]:
@@ -1019,7 +1025,9 @@ def masks_are_consistent(calls: Calls, case: Case) -> Iterator[Finding]:
     loss, gradient = abs(float(answer.loss[0])), float(np.abs(answer.gradient[0]).max())
     code = f"loss_and_gradient(s, t, {_masked_labels(masked)}, T, {masked.alpha})"
     if loss == 0:
-        yield Finding(gradient, 0.0, f"{code}[1]", f"row 0 is masked, its loss is 0, but its gradient is {gradient:.4g}")
+        yield Finding(
+            gradient, 0.0, f"{code}[1]", f"row 0 is masked, its loss is 0, but its gradient is {gradient:.4g}"
+        )
     elif gradient == 0:
         yield Finding(loss, 0.0, f"{code}[0]", f"row 0 is masked, its gradient is 0, but its loss is {loss:.10g}")
     if loss == 0 or gradient == 0:

@@ -10,8 +10,8 @@ Installed with kdcore, and idle until a test asks for its fixture:
         kdcore_falsifier(loss_and_gradient)
 
 The test runs once for each falsifier, under its ID. The mark is optional; its keywords are those of
-:func:`kdcore.testing.falsify`: ``divergence``, ``features``, ``max_examples``, ``seed``. A falsifier of a feature that is
-not claimed is skipped, which is not passed. A falsified one fails with its counterexample.
+:func:`kdcore.testing.falsify`: ``divergence``, ``features``, ``max_examples``, ``seed``. A falsifier of a feature that
+is not claimed is skipped, which is not passed. A falsified one fails with its counterexample.
 
 pytest loads this module in every run, so that it imports nothing.
 """
@@ -36,7 +36,7 @@ def pytest_generate_tests(metafunc):
     from kdcore.errors import DomainError
     from kdcore.testing.registry import selected
 
-    options = {}
+    options: dict = {}
     for mark in metafunc.definition.iter_markers("kdcore"):
         if mark.args or set(mark.kwargs) - set(_OPTIONS):
             raise DomainError(f"the mark kdcore takes the keywords {', '.join(_OPTIONS)}, got {mark}")

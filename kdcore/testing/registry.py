@@ -40,8 +40,8 @@ OPTIONAL = {"ignore_index": "labels of -100 mask their row: loss and gradient ar
 class Finding(NamedTuple):
     """A number and its limit.
 
-    ``code`` is the Python expression that shows it, of ``loss_and_gradient``, ``s, t, y, T, a`` and ``np``; ``note`` says
-    in words what was found.
+    ``code`` is the Python expression that shows it, of ``loss_and_gradient``, ``s, t, y, T, a`` and ``np``; ``note``
+    says in words what was found.
     """
 
     measured: float
@@ -160,7 +160,8 @@ def selected(divergence: Any, features: Iterable[str] | None = None) -> tuple[li
 
     name, _ = name_and_parameter(divergence)
     claimed = as_features(features)
-    tried, left = [], []
+    tried: list[Falsifier] = []
+    left: list[Falsifier] = []
     for entry in REGISTRY.values():
         if not entry.divergences or name in entry.divergences:
             (tried if entry.needs <= claimed else left).append(entry)

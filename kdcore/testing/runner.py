@@ -10,7 +10,7 @@ import numpy as np
 
 from kdcore.checks import integer
 from kdcore.errors import DTypeError, MissingDependencyError
-from kdcore.testing.calls import Broken, Calls, LossAndGradient, adapted
+from kdcore.testing.calls import BrokenCallError, Calls, LossAndGradient, adapted
 from kdcore.testing.cases import Case
 from kdcore.testing.registry import Falsifier, Finding, as_features, selected
 from kdcore.testing.report import FalsificationReport, Result
@@ -41,10 +41,10 @@ def falsify(
     Parameters
     ----------
     loss_and_gradient : callable
-        ``(student_logits [B, V], teacher_logits [B, V], labels [B], temperature, alpha) -> (loss [B], gradient [B, V])``
-        on NumPy arrays, float64 or (where that is the point) float32, with
-        loss = alpha · CE(softmax(s), y) + (1 - alpha) · T² · D(softmax(t/T), softmax(s/T)) of each row, and its gradient
-        by the student's logits. **alpha is the weight of the hard cross-entropy**; for other conventions, scalar losses,
+        ``(student_logits [B, V], teacher_logits [B, V], labels [B], temperature, alpha)`` to ``(loss [B], gradient
+        [B, V])`` on NumPy arrays, float64 or (where that is the point) float32, with loss =
+        alpha · CE(softmax(s), y) + (1 - alpha) · T² · D(softmax(t/T), softmax(s/T)) of each row, and its gradient by
+        the student's logits. **alpha is the weight of the hard cross-entropy**; for other conventions, scalar losses,
         and those of torch, JAX and Keras see :mod:`kdcore.testing.adapters`.
     divergence : str or Divergence
         D: a name, or one of :mod:`kdcore.divergences` with its parameter. The set of falsifiers adapts.
@@ -207,7 +207,7 @@ def worst_finding(entry: Falsifier, calls: Calls, case: Case) -> Finding | None:
             for finding in entry.check(calls, case):
                 if worst is None or (finding.broken, finding.excess) > (worst.broken, worst.excess):
                     worst = finding
-    except Broken as broken:
+    except BrokenCallError as broken:
         worst = Finding(np.inf, 0.0, "loss_and_gradient(s, t, y, T, a)", str(broken))
     return worst
 
@@ -217,11 +217,11 @@ def _smallest(
 ) -> tuple[Case, Finding]:
     """The counterexample shrunk, to one that is as plain and of the same kind."""
     wanted, kind, best = min(finding.excess, _PLAIN), _kind(finding), finding
-    usable = _usable(case)
+    support = _support(case)
 
     def fails(smaller: Case) -> bool:
         nonlocal best
-        if (usable and not _usable(smaller)) or adapted(smaller, claimed) is not smaller:
+        if _support(smaller) != support or adapted(smaller, claimed) is not smaller:
             return False
         found = worst_finding(entry, calls, smaller)
         if found is None or not found.broken or found.excess < wanted or _kind(found) != kind:
@@ -233,8 +233,15 @@ def _smallest(
     return shrunk(case, fails, budget), best
 
 
-def _usable(case: Case) -> bool:
-    return bool(np.isfinite(case.student).any(axis=-1).all() and np.isfinite(case.teacher).any(axis=-1).all())
+def _support(case: Case) -> tuple[bool, ...]:
+    """Who rules classes out: what a smaller counterexample must share, or it would be one of something else."""
+    s, t = case.student == -np.inf, case.teacher == -np.inf
+    labels = np.clip(case.labels, 0, case.shape[1] - 1)
+    hit = np.take_along_axis(s, labels[:, None], 1).any()
+    logits = np.concatenate([case.student, case.teacher])
+    no_row = not np.isfinite(logits).any(axis=-1).all()
+    no_number = bool((np.isnan(logits) | (logits == np.inf)).any())
+    return bool((s & t).any()), bool((s & ~t).any()), bool((t & ~s).any()), bool(hit), no_row, no_number
 
 
 def _kind(finding: Finding) -> tuple[bool, str]:

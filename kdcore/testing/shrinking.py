@@ -88,7 +88,7 @@ def _fewer_classes(case: Case, V: int) -> Iterator[Case]:
 
 
 def _kept(case: Case, keep: Any, start: int, stop: int) -> Case:
-    """The case with the classes of ``keep`` alone; a label in [start, stop), which are gone, becomes the first class."""
+    """The case with the classes of ``keep`` alone; a label among those gone, [start, stop), becomes the first."""
     y = case.labels
     labels = np.where(y < start, y, np.where(y < stop, 0, y - (min(stop, case.shape[1]) - start)))
     return case.but(student=case.student[:, keep], teacher=case.teacher[:, keep], labels=labels)

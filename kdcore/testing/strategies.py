@@ -46,6 +46,8 @@ __all__ = [
     "masks",
     "narrowed",
     "problems",
+    "row",
+    "rule_out",
     "seeds",
     "shares",
     "temperatures",
@@ -96,7 +98,8 @@ def narrowed(x: Any, dtype: Any) -> Any:
     return np.where(np.isfinite(x), np.clip(x, -float(largest), float(largest)), x).astype(dtype)
 
 
-def _row(rng: np.random.Generator, shape: str, scale: float, V: int) -> Any:
+def row(rng: np.random.Generator, shape: str, scale: float, V: int) -> Any:
+    """Logits [V] of one pattern of :data:`SHAPES`."""
     x = rng.normal(size=V) * scale
     if shape == "ties":
         return np.round(rng.normal(size=V)) * scale
@@ -107,7 +110,7 @@ def _row(rng: np.random.Generator, shape: str, scale: float, V: int) -> Any:
     return x
 
 
-def _rule_out(rng: np.random.Generator, *rows: Any) -> None:
+def rule_out(rng: np.random.Generator, *rows: Any) -> None:
     """-inf in the same classes of all ``rows``; at least one class stays."""
     V = rows[0].size
     gone = rng.random(V) < rng.choice([0.1, 0.5, 0.99])
@@ -122,27 +125,27 @@ def logits_arrays(draw: Any, dtypes: Sequence[Any] = DTYPES) -> Any:
     rng = np.random.default_rng(draw(seeds))
     B, V = draw(st.integers(1, 4)), draw(st.sampled_from(VOCABULARIES))
     shape, scale = rng.choice(SHAPES), rng.choice(SCALES)
-    x = np.stack([_row(rng, shape, scale, V) for _ in range(B)]) + rng.choice([0.0, 0.0, 1e4, -1e4])
+    x = np.stack([row(rng, shape, scale, V) for _ in range(B)]) + rng.choice([0.0, 0.0, 1e4, -1e4])
     if rng.random() < 0.5:
         for i in range(B):
-            _rule_out(rng, x[i])
+            rule_out(rng, x[i])
     return narrowed(x, draw(st.sampled_from(dtypes)))
 
 
 def _pair(rng: np.random.Generator, B: int, V: int, supports: Sequence[str], scales: Sequence[float]) -> Any:
     """Student and teacher logits [B, V] in float64, and who rules classes out."""
     kinds = [(rng.choice(SHAPES), rng.choice(scales)) for _ in range(2)]
-    student, teacher = (np.stack([_row(rng, shape, scale, V) for _ in range(B)]) for shape, scale in kinds)
+    student, teacher = (np.stack([row(rng, shape, scale, V) for _ in range(B)]) for shape, scale in kinds)
     if kinds[1][0] == "agree":
         teacher = student + rng.choice([0.0, 1e-4, 0.1]) * rng.normal(size=teacher.shape)
     support = rng.choice(supports)
     for i in range(B):
         if support == "shared":
-            _rule_out(rng, student[i], teacher[i])
+            rule_out(rng, student[i], teacher[i])
         if support in ("student", "both"):
-            _rule_out(rng, student[i])
+            rule_out(rng, student[i])
         if support in ("teacher", "both"):
-            _rule_out(rng, teacher[i])
+            rule_out(rng, teacher[i])
     return student, teacher, support
 
 

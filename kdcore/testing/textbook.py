@@ -72,7 +72,7 @@ def _forward_kl(log_p: Array, log_q: Array, _: Any) -> tuple[Array, Array]:
 def _reverse_kl(log_p: Array, log_q: Array, _: Any) -> tuple[Array, Array]:
     value = _kl(log_q, log_p)
     q_slope = _times(np.exp(log_q), log_q - log_p)
-    return value, np.where(np.isposinf(value)[..., None], np.nan, q_slope)
+    return value, np.where((value == np.inf)[..., None], np.nan, q_slope)
 
 
 def _jsd(log_p: Array, log_q: Array, beta: float) -> tuple[Array, Array]:
