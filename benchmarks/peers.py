@@ -64,10 +64,20 @@ PEERS: list[Peer] = []
 
 
 def peer(
-    package: str, call: str, *, computes: str, mapped: str = "", divergence: Any = "forward_kl", features: Any = ALL
+    package: str,
+    call: str,
+    *,
+    computes: str,
+    mapped: str = "",
+    divergence: Any = "forward_kl",
+    features: tuple[str, ...] = ALL,
+    one_number: bool = False,
 ):
+    """Register a peer. One whose loss is one number for a batch is asked for each row: not for a thousand of them."""
+    claimed = tuple(name for name in features if not (one_number and name == "large_batch"))
+
     def register(make):
-        PEERS.append(Peer(package, call, computes, mapped, divergence, tuple(features), make))
+        PEERS.append(Peer(package, call, computes, mapped, divergence, claimed, make))
         return make
 
     return register
@@ -121,6 +131,7 @@ def _torch_log_target():
     'kl_div(reduction="mean")',
     computes="T² KL(p‖q)",
     mapped="mean over B V elements; T² by the caller",
+    one_number=True,
     features=SOFT,
 )
 def _torch_mean():
@@ -198,6 +209,7 @@ for _beta, _name, _computes in ((0.0, "forward_kl", "KL(p‖q)"), (1.0, "reverse
         f"chunked_loss.LigerFusedLinearJSDLoss(beta={_beta:g})",
         computes=f"alpha CE + (1 - alpha) {_computes}",
         mapped="no T²; mean over rows; logits as the weights of its linear layer",
+        one_number=True,
         divergence=_name,
         features=SINGLE,
     )(lambda beta=_beta: _liger_chunked(beta))
@@ -255,7 +267,7 @@ for _beta, _name, _computes in ((0.0, "forward_kl", "KL(p‖q)"), (1.0, "reverse
 # --- the others -----------------------------------------------------------------------------------------------------
 
 
-@peer("torchdistill", "KDLoss(temperature, alpha)", computes=KD, mapped="mean over rows")
+@peer("torchdistill", "KDLoss(temperature, alpha)", computes=KD, mapped="mean over rows", one_number=True)
 def _torchdistill():
     _torch()
     from torchdistill.losses.mid_level import KDLoss
@@ -272,6 +284,7 @@ def _torchdistill():
     "KDLoss(temperature, alpha > 0)",
     computes=KD,
     mapped="alpha = 0 as 1e-30, since it drops T² at alpha = 0; mean over rows",
+    one_number=True,
 )
 def _torchdistill_above_zero():
     _torch()
@@ -289,6 +302,7 @@ def _torchdistill_above_zero():
     "LogitsDistillationLoss(T)",
     computes="T² KL(p‖q)",
     mapped="mean over B V elements",
+    one_number=True,
     features=SOFT,
 )
 def _modelopt():
@@ -319,7 +333,14 @@ def _jax():
     return jax
 
 
-@peer("keras", "distillation.LogitsDistillation(T)", computes="T² KL(p‖q)", mapped="mean over rows", features=SOFT)
+@peer(
+    "keras",
+    "distillation.LogitsDistillation(T)",
+    computes="T² KL(p‖q)",
+    mapped="mean over rows",
+    one_number=True,
+    features=SOFT,
+)
 def _keras_default():
     _jax()
     import keras
@@ -332,6 +353,7 @@ def _keras_default():
     "distillation.LogitsDistillation(T, loss=KLDivergence())",
     computes="T² KL(p‖q)",
     mapped="mean over rows",
+    one_number=True,
     features=SOFT,
 )
 def _keras_instance():
@@ -396,6 +418,7 @@ WITHOUT_T = tuple(name for name in SOFT_SINGLE if name != "temperature")
     "ForwardKLLoss",
     computes="KL(p‖q)",
     mapped="the teacher's entropy is taken off; no temperature; mean over rows",
+    one_number=True,
     features=tuple(name for name in WITHOUT_T if name != "large_vocabulary"),
 )
 def _torchtune_forward():
@@ -409,6 +432,7 @@ def _torchtune_forward():
     "ReverseKLLoss",
     computes="KL(q‖p)",
     mapped="no temperature; mean over rows",
+    one_number=True,
     divergence="reverse_kl",
     features=WITHOUT_T,
 )
@@ -422,6 +446,7 @@ def _torchtune_reverse():
     "losses.kd_ce_loss(T)",
     computes="KL(p‖q)",
     mapped="the teacher's entropy is taken off; no T²; mean over rows",
+    one_number=True,
     features=SOFT_NARROW,
 )
 def _textbrewer():
@@ -548,9 +573,9 @@ def markdown(data: dict[str, Any]) -> str:
         f"Python {environment['python']}, NumPy {environment['numpy']}, on a CPU.",
         "",
         "p = softmax(t/T), q = softmax(s/T). A convention is mapped before anything is judged (column *mapped*) and is "
-        "no bug; what a peer does not offer is not held against it (*not claimed*). Errors of loss and gradient are the "
-        "worst over ordinary logits, in units of what `kdcore.testing` allows: up to 1 is right. An implementation may be "
-        "right on all ordinary logits, and be refuted by -inf, or by a student that is sure of a wrong class.",
+        "no bug; what a peer does not offer is not held against it (*not claimed*). Errors of loss and gradient are "
+        "the worst over ordinary logits, in units of what `kdcore.testing` allows: up to 1 is right. An implementation may "
+        "be right on all ordinary logits, and be refuted by -inf, or by a student that is sure of a wrong class.",
         "",
         "| library | loss | computes | mapped | not claimed | loss error | gradient error | refuted by |",
         "| --- | --- | --- | --- | --- | ---: | ---: | --- |",

@@ -328,6 +328,11 @@ def wide_enough(s, t, y, T, alpha):
     return right(s, t, y, T, alpha)
 
 
+def few_rows(s, t, y, T, alpha):
+    assert len(s) <= 33
+    return right(s, t, y, T, alpha)
+
+
 def bounded(s, t, y, T, alpha):
     assert np.abs(np.r_[s, t])[np.isfinite(np.r_[s, t])].max() < 2000
     return right(s, t, y, T, alpha)
@@ -345,6 +350,7 @@ def bounded(s, t, y, T, alpha):
         (bounded, "large_logits"),
         (narrow, "large_vocabulary"),
         (wide_enough, "single_class"),
+        (few_rows, "large_batch"),
     ],
 )
 def test_what_is_not_claimed_is_not_held_against_anybody(function, feature):

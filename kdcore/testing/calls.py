@@ -86,9 +86,10 @@ def adapted(case: Case, features: Iterable[str]) -> Case | None:
 
     None where there is none: for a case of a size, or of a dtype, that is not claimed.
     """
-    V, single = case.shape[1], case.student.dtype == np.float32
+    (B, V), single = case.shape, case.student.dtype == np.float32
     if (
-        (V == 1 and "single_class" not in features)
+        (B > _LARGE_BATCH and "large_batch" not in features)
+        or (V == 1 and "single_class" not in features)
         or (V > _LARGE_VOCABULARY and "large_vocabulary" not in features)
         or (single and "float32" not in features)
         or ("large_logits" not in features and _magnitude(case) > _LARGE_LOGITS)
@@ -107,7 +108,7 @@ def adapted(case: Case, features: Iterable[str]) -> Case | None:
 
 
 #: Beyond these a feature is needed. Shifts by a thousand are no large logits: softmax does not see them.
-_LARGE_VOCABULARY, _LARGE_LOGITS = 300, 100.0
+_LARGE_BATCH, _LARGE_VOCABULARY, _LARGE_LOGITS = 33, 300, 100.0
 
 
 def _magnitude(case: Case) -> float:

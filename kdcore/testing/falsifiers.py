@@ -930,6 +930,7 @@ falsifier(
     "Every row counts, in batches of any size.",
     reference="blocks of rows and their remainders",
     fixtures=("rows",),
+    needs=("large_batch",),
 )(_both)
 
 falsifier(
