@@ -53,7 +53,7 @@ def test_right_implementations_pass(name):
 
 @pytest.mark.parametrize("divergence", RIGHT_OF)
 def test_right_implementations_of_every_divergence_pass(divergence):
-    report = falsify(RIGHT_OF[divergence], divergence=divergence, max_examples=5)
+    report = falsify(RIGHT_OF[divergence], divergence=divergence, max_examples=2)
     assert report.passed, report.text(passed=False)
     assert len(report.results) >= 43
 
@@ -66,7 +66,7 @@ def test_right_implementations_of_every_divergence_pass(divergence):
 def test_right_implementations_with_a_parameter_pass(divergence, function):
     report = falsify(function, divergence=divergence, max_examples=0)
     assert report.passed, report.text(passed=False)
-    assert failed(function, divergence=divergence.name)  # of which the default parameter is another
+    assert first_counterexample(function, divergence.name) is not None  # whose default parameter is another
 
 
 @cache
@@ -164,7 +164,7 @@ def test_each_planted_bug_of_another_divergence_is_falsified(name):
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("name", ["NoTSquaredInTheLoss", "probabilities of at least 1e-10", "KL over the top 50"])
+@pytest.mark.parametrize("name", ["NoTSquaredInTheLoss", "probabilities of at least 1e-10"])
 def test_seeds_agree(name, seed):
     report = falsify(BUGS[name], seed=seed, max_examples=2)
     hand_picked = failed_by(name)
@@ -355,7 +355,7 @@ def bounded(s, t, y, T, alpha):
 )
 def test_what_is_not_claimed_is_not_held_against_anybody(function, feature):
     claimed = [name for name in FEATURES if name != feature]
-    report = falsify(function, features=claimed, max_examples=2)
+    report = falsify(function, features=claimed, max_examples=1)
     assert report.passed, report.text(passed=False)
     assert report.not_claimed
     for result in report.not_claimed:
@@ -363,7 +363,7 @@ def test_what_is_not_claimed_is_not_held_against_anybody(function, feature):
         assert feature in REGISTRY[result.id].needs or REGISTRY[result.id].needs & set(OPTIONAL)
     assert not {result.id for result in report.results} & {result.id for result in report.not_claimed}
     assert f"{report.not_claimed[0].id:<24} not claimed" in str(report)
-    assert failed(function)  # where it is claimed, it is
+    assert first_counterexample(function) is not None  # where it is claimed, it is
 
 
 def test_masks_count_when_they_are_claimed():
@@ -605,6 +605,7 @@ def test_conventions():
 def test_torch_losses():
     torch = pytest.importorskip("torch", reason="torch is not installed")
     functional = torch.nn.functional
+    torch.set_num_threads(1)  # many small operations, for which threads wait for each other
 
     def theirs(s, t, y, T, alpha):
         soft = functional.kl_div(
@@ -613,10 +614,11 @@ def test_torch_losses():
         ).sum(dim=-1)  # fmt: skip
         return alpha * functional.cross_entropy(s, y, reduction="none") + (1 - alpha) * T * T * soft
 
-    finite = [name for name in FEATURES if name != "neg_inf"]
-    report = falsify(adapters.torch_loss(theirs), max_examples=2, features=finite)
+    finite = [name for name in FEATURES if name not in ("neg_inf", "large_batch")]
+    report = falsify(adapters.torch_loss(theirs), max_examples=0, features=finite)
     assert report.passed, report.text(passed=False)
-    assert "F-KD-SUPPORT-SHARED" in failed(adapters.torch_loss(theirs))  # whose NaN is known
+    shared = REGISTRY["F-KD-SUPPORT-SHARED"]
+    assert not try_one(shared, adapters.torch_loss(theirs), max_examples=0).passed  # whose NaN is known
 
     def batchmean(s, t, y, T, alpha):
         return theirs(s, t, y, T, alpha).mean()
