@@ -108,7 +108,7 @@ def adapted(case: Case, features: Iterable[str]) -> Case | None:
 
 
 #: Beyond these a feature is needed. Shifts by a thousand are no large logits: softmax does not see them.
-_LARGE_BATCH, _LARGE_VOCABULARY, _LARGE_LOGITS = 33, 300, 100.0
+_LARGE_BATCH, _LARGE_VOCABULARY, _LARGE_LOGITS = 256, 300, 100.0
 
 
 def _magnitude(case: Case) -> float:

@@ -31,7 +31,7 @@ FEATURES = {
     "neg_inf": "logits of -inf, which rule classes out",
     "large_logits": "logits of up to 1e4",
     "large_vocabulary": "thousands of classes, to 151,936",
-    "large_batch": "batches of hundreds of rows, to 1,025",
+    "large_batch": "batches of more than 256 rows, to 1,025",
     "single_class": "V = 1, where there is nothing to learn",
 }
 #: Capabilities beyond the five arguments, which count only when they are claimed by name.
