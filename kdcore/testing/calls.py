@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdcore.testing.cases import Case
-from kdcore.testing.registry import Subject
 from kdcore.testing.textbook import REAL
 
 __all__ = ["Answer", "BrokenCallError", "Calls", "adapted"]
@@ -33,7 +32,7 @@ class Answer(NamedTuple):
     gradient: Any
 
 
-class Calls(Subject):
+class Calls:
     """The implementation as falsifiers see it: fresh arrays in, checked and widened arrays out."""
 
     def __init__(self, function: LossAndGradient, divergence: Any) -> None:

@@ -19,7 +19,7 @@ from kdcore.errors import DomainError
 from kdcore.testing.bounds import name_and_parameter
 from kdcore.testing.cases import FIXTURES, Case
 
-__all__ = ["FEATURES", "OPTIONAL", "REGISTRY", "Falsifier", "Finding", "Subject", "falsifier", "selected"]
+__all__ = ["FEATURES", "OPTIONAL", "REGISTRY", "Falsifier", "Finding", "as_features", "falsifier", "selected"]
 
 #: Capabilities of an implementation. All of them are claimed unless the caller says otherwise.
 FEATURES = {
@@ -64,15 +64,6 @@ class Finding(NamedTuple):
         return not self.measured <= self.allowed
 
 
-class Subject:
-    """What a falsifier sees of the implementation: see :class:`kdcore.testing.calls.Calls`."""
-
-    divergence: Any
-
-    def __call__(self, case: Case) -> Any:
-        raise NotImplementedError
-
-
 Check = Callable[[Any, Case], Iterator[Finding]]
 
 
@@ -85,7 +76,7 @@ class Falsifier:
     id, statement, reference : str
         What it is called, what it says in a sentence, where that is from.
     check : function
-        (subject, case) -> findings.
+        (:class:`~kdcore.testing.calls.Calls` of the implementation, case) -> findings.
     fixtures : tuple of str
         Names of :data:`kdcore.testing.cases.FIXTURES`: what is tried first, always.
     search : dict
