@@ -526,7 +526,7 @@ def derivative(calls: Calls, case: Case) -> Iterator[Finding]:
     if not _finite(case):
         return
     (B, V), single = case.shape, case.student.dtype == np.float32
-    directions = np.eye(V) if V <= 4 else np.round(np.cos(np.outer(np.arange(1, 4), np.arange(V) + 1.0)), 2)
+    directions = np.eye(V) if V <= 3 else np.round(np.cos(np.outer(np.arange(1, 4), np.arange(V) + 1.0)), 2)
     h = float(2.0 ** np.floor(np.log2(min(1.0, case.temperature) * (0.1 if single else 0.01))))
     offsets = np.array([-2, -1, 1, 2]) * h
     weights = np.array([1, -8, 8, -1], REAL) / (12 * REAL(h))
