@@ -202,7 +202,7 @@ def _liger_chunked(beta: float) -> Any:
         value.backward()
         return value.detach().numpy(), weight.grad.numpy().T.copy()
 
-    function = rows_apart(adapters.scalar_loss(scalar))
+    function = rows_apart(adapters.scalar_loss(scalar, reduction="mean_of_valid"))
     return adapters.conventions(function, scale_t2=False)
 
 
@@ -212,7 +212,7 @@ for _beta, _name, _computes in ((0.0, "forward_kl", "KL(p‖q)"), (1.0, "reverse
         f"chunked_loss.LigerFusedLinearJSDLoss(beta={_beta:g})",
         slow=True,
         computes=f"alpha CE + (1 - alpha) {_computes}",
-        mapped="no T²; mean over rows; logits as the weights of its linear layer; a sample of the cases",
+        mapped="no T²; mean over unmasked rows; logits as the weights of its linear layer; a sample of the cases",
         one_number=True,
         divergence=_name,
         features=SINGLE,

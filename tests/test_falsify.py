@@ -572,13 +572,35 @@ def test_scalar_losses():
 
     assert not refuted(adapters.scalar_loss(of_elements, reduction="mean_of_elements"))
 
+    def of_valid(s, t, y, T, alpha):
+        keep = y != -100
+        loss, gradient = right(s, t, np.where(keep, y, 0), T, alpha)
+        return (loss * keep).sum() / max(keep.sum(), 1), gradient * keep[:, None] / max(keep.sum(), 1)
+
+    for reduction in ("mean", "mean_of_valid"):
+        found = try_one(
+            REGISTRY["F-KD-MASK-CONSISTENT"], adapters.scalar_loss(of_valid, reduction=reduction), max_examples=0
+        )
+        assert found.passed
+    assert not try_one(
+        REGISTRY["F-KD-IGNORE"], adapters.scalar_loss(of_valid), features=[*FEATURES, *OPTIONAL], max_examples=0
+    ).passed  # refused: a mean over rows does not say
+    assert try_one(
+        REGISTRY["F-KD-IGNORE"],
+        adapters.scalar_loss(of_valid, reduction="mean_of_valid"),
+        features=[*FEATURES, *OPTIONAL],
+        max_examples=0,
+    ).passed
+
     def squares(s, t, y, T, alpha):  # of single rows right, of a batch not
         loss, gradient = right(s, t, y, T, alpha)
         return np.sqrt(np.square(loss).mean()), gradient / len(loss)
 
     assert "F-KD-ROWS" in refuted(adapters.scalar_loss(squares))
     assert "F-KD-FORM" in refuted(adapters.scalar_loss(right))
-    with pytest.raises(kdcore.DomainError, match="reduction must be one of 'mean', 'sum', 'mean_of_elements'"):
+    with pytest.raises(
+        kdcore.DomainError, match="reduction must be one of 'mean', 'sum', 'mean_of_elements', 'mean_of_valid'"
+    ):
         adapters.scalar_loss(right, reduction="none")
 
 

@@ -20,7 +20,7 @@ from kdcore.testing.calls import LossAndGradient
 
 __all__ = ["ADAPTERS", "conventions", "jax_loss", "kdcore_loss", "keras_loss", "scalar_loss", "torch_loss"]
 
-_REDUCTIONS = ("none", "mean", "sum", "mean_of_elements")
+_REDUCTIONS = ("none", "mean", "sum", "mean_of_elements", "mean_of_valid")
 
 
 def _needed(name: str) -> ModuleType:
@@ -38,7 +38,8 @@ def scalar_loss(function: Callable[..., Any], *, reduction: str = "mean") -> Los
     function : callable
         ``(student, teacher, labels, temperature, alpha) -> (loss, gradient [B, V])``.
     reduction : str
-        What the number is: "mean" over the rows, "sum", or "mean_of_elements", which is divided by B V.
+        What the number is: "mean" over the rows, "sum", "mean_of_elements", which is divided by B V, or
+        "mean_of_valid", over the rows that are not labelled -100, which the other means refuse.
 
     A row's loss is that of a batch of this row alone. What the whole batch has beyond the sum of its rows is added to
     each, unless it is rounding, so that a loss that is not the mean of its rows shows.
@@ -54,9 +55,12 @@ def scalar_loss(function: Callable[..., Any], *, reduction: str = "mean") -> Los
 
     def loss_and_gradient(s: Any, t: Any, y: Any, temperature: float, alpha: float) -> tuple[Any, Any]:
         B, V = s.shape
+        valid = int((np.asarray(y) != -100).sum())
+        if valid < B and reduction in ("mean", "mean_of_elements"):
+            raise ValueError(f'reduction="{reduction}" does not say what a row labelled -100 counts')
         whole, gradient = function(s, t, y, temperature, alpha)
         elements = V if reduction == "mean_of_elements" else 1
-        factor = elements * (1 if reduction == "sum" else B)
+        factor = elements * {"sum": 1, "mean_of_valid": valid}.get(reduction, B)
         whole, gradient = factor * np.asarray(whole), factor * np.asarray(gradient)
         if whole.ndim:
             raise ValueError(f"the loss must be one number, got the shape {whole.shape}")
@@ -66,6 +70,9 @@ def scalar_loss(function: Callable[..., Any], *, reduction: str = "mean") -> Los
         for i in range(B):
             rows = slice(i, i + 1)
             teacher = None if t is None else t[rows].copy()
+            if reduction == "mean_of_valid" and y[i] == -100:
+                loss[i] = 0
+                continue
             loss[i] = elements * function(s[rows].copy(), teacher, y[rows].copy(), temperature, alpha)[0]
         with np.errstate(invalid="ignore"):
             beyond = whole - loss.sum()

@@ -60,11 +60,11 @@ class Case:
     def judged(self, divergence: Any) -> Judgement:
         """The exact answer, and the allowed errors.
 
-        Those are the bounds of :mod:`kdcore.testing.bounds`, widened by what it costs to round the scaled logits and
-        the log-probabilities once in the logits' own type, and sums of V numbers 4 sqrt(V) + V / 16 times: an
-        implementation may divide by T before it takes the maximum out, may pass through a log-softmax, and may add one
-        number after another, in chunks or in the lanes of a vector. That is little for a few small logits, and for
-        logits of 1e4 it is what their last digit stands for.
+        Those are the bounds of :mod:`kdcore.testing.bounds`, widened by what it costs to round the scaled logits a
+        few times, and the log-probabilities once, in the logits' own type, and sums of V numbers 4 sqrt(V) + V / 16
+        times: an implementation may divide by T before it takes the maximum out, may pass through a log-softmax, and
+        may add one number after another, in chunks or in the lanes of a vector. That is little for a few small logits,
+        and for logits of 1e4 it is what their last digit stands for.
         """
         key = repr(divergence)
         if key not in self._known:
@@ -78,7 +78,7 @@ class Case:
         name = working_dtype(self.student.dtype)
         largest = _largest(self.student) + (_largest(self.teacher) if self.alpha < 1 else 0)
         V = self.shape[1]
-        digits = largest * max(1.0, 1 / self.temperature) + 2 * np.log(V) + 4 * np.sqrt(V) + V / 16
+        digits = 4 * largest * max(1.0, 1 / self.temperature) + 2 * np.log(V) + 4 * np.sqrt(V) + V / 16
         wider = 1 + _ROUNDOFF[name] / GRADIENT[name] * digits
         absolute = loss_bound(self.student.dtype, 0.0, temperature=self.temperature, alpha=self.alpha)
         size = np.where(np.isfinite(exact.loss), np.abs(exact.loss), 0).astype(np.float64)
