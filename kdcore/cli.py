@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -22,10 +23,16 @@ _PACKAGES = ("numpy", "numba", "h5py", "numba-cuda", "cuda-python", "cupy-cuda13
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 1 when what was asked for cannot be done, 2 for a wrong command line."""
+    """Run a command; 0 on success, 1 when what was asked for cannot be done, 2 for a wrong command line.
+
+    ``kdcore falsify`` returns 1 when the implementation is falsified.
+    """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
+    except _UsageError as error:
+        print(f"kdcore: {error}", file=sys.stderr)
+        return 2
     except (KdcoreError, OSError) as error:
         print(f"kdcore: {type(error).__name__}: {error}", file=sys.stderr)
         for note in getattr(error, "__notes__", ()):
@@ -34,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("kdcore: interrupted", file=sys.stderr)
         return 130
-    return 0
+
+
+class _UsageError(Exception):
+    """A wrong command line that the parser cannot see."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,6 +88,30 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
 
     _add_store_commands(commands)
+    falsify = commands.add_parser(
+        "falsify",
+        help="try to refute an implementation of the KD loss and its gradient",
+        description="Try the falsifiers of kdcore.testing on an implementation, loss_and_gradient(student, teacher, "
+        "labels, temperature, alpha) -> (loss [B], gradient [B, V]) on NumPy arrays, alpha the weight of the "
+        "cross-entropy. Exit status 1 when it is falsified, 0 when it is not, 2 when there is nothing to try.",
+    )
+    falsify.add_argument("implementation", metavar="MODULE:FUNCTION", help="package.module:function")
+    falsify.add_argument("--divergence", default="forward_kl", metavar="NAME", help="default: %(default)s")
+    falsify.add_argument(
+        "--features", metavar="A,B,...", help="what is claimed; by default all but ignore_index. -NAME: all but NAME"
+    )
+    falsify.add_argument(
+        "--adapter",
+        metavar="NAME",
+        help="scalar, torch, torch-mean, jax, jax-mean or keras: see kdcore.testing.adapters",
+    )
+    falsify.add_argument(
+        "--max-examples", type=int, default=20, metavar="N", help="drawn for each (default: %(default)s)"
+    )
+    falsify.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: %(default)s)")
+    falsify.add_argument("--json", action="store_true", help="print the report as JSON")
+    falsify.add_argument("--failures", action="store_true", help="list what failed alone")
+    falsify.set_defaults(run=_falsify)
 
     info = commands.add_parser("info", help="show versions, devices, threads, and the engine that would run")
     info.set_defaults(run=_info)
@@ -230,6 +264,67 @@ def _bench(options: argparse.Namespace) -> None:
     from kdcore.bench.run import run_bench
 
     run_bench(options.output, quick=options.quick, only=options.only)
+
+
+def _falsify(options: argparse.Namespace) -> int:
+    from kdcore.testing import FEATURES
+    from kdcore.testing.runner import falsify
+
+    features: list[str] | None = None
+    if options.features is not None:
+        names = [name.strip() for name in options.features.split(",") if name.strip()]
+        without = {name[1:] for name in names if name.startswith("-")}
+        unknown = without - FEATURES.keys()
+        if unknown:
+            raise _UsageError(
+                f"--features: no feature is called {', '.join(sorted(unknown))}; there are {', '.join(FEATURES)}"
+            )
+        features = [name for name in names if not name.startswith("-")]
+        if without:
+            features += [name for name in FEATURES if name not in without]
+    function = _imported(options.implementation)
+    try:
+        if options.adapter is not None:
+            from kdcore.checks import choice
+            from kdcore.testing.adapters import ADAPTERS
+
+            function = ADAPTERS[choice(options.adapter, "--adapter", ADAPTERS)](function)
+        report = falsify(
+            function,
+            divergence=options.divergence,
+            features=features,
+            max_examples=options.max_examples,
+            seed=options.seed,
+        )
+    except KdcoreError as error:  # whatever the implementation does is in the report: the arguments are wrong
+        raise _UsageError(str(error)) from error
+    if options.json:
+        print(report.to_json())
+    else:
+        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(report.text(color=color, passed=not options.failures))
+    return 0 if report.passed else 1
+
+
+def _imported(place: str) -> Any:
+    """What ``package.module:name`` names; the current folder is looked in first, as by ``python -m``."""
+    module_name, colon, name = place.partition(":")
+    if not (module_name and colon and name):
+        raise _UsageError(f"MODULE:FUNCTION must be like package.module:function, got {place!r}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found: Any = import_module(module_name)
+    except Exception as error:
+        raise _UsageError(f"{module_name} cannot be imported: {type(error).__name__}: {error}") from error
+    try:
+        for part in name.split("."):
+            found = getattr(found, part)
+    except AttributeError as error:
+        raise _UsageError(f"{place}: {error}") from error
+    if not callable(found):
+        raise _UsageError(f"{place} must be a function, got {type(found).__name__}")
+    return found
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from comparisons import assert_answer, same_bits
 from hypothesis import given, strategies as st
-from strategies import BFLOAT16, SCALES, SHAPES, _row, _rule_out, alphas, narrowed, seeds, temperatures
+from strategies import BFLOAT16, SCALES, SHAPES, alphas, narrowed, row, rule_out, seeds, temperatures
 
 import kdcore
 from kdcore.cuda.presence import available
@@ -41,7 +41,7 @@ def cut_problems(draw, dtypes):
     parts = slices_of(V, cuts)
 
     kinds = [(rng.choice(SHAPES), rng.choice(SCALES)) for _ in range(2)]
-    student, teacher = (np.stack([_row(rng, shape, scale, V) for _ in range(B)]) for shape, scale in kinds)
+    student, teacher = (np.stack([row(rng, shape, scale, V) for _ in range(B)]) for shape, scale in kinds)
     if kinds[1][0] == "agree":
         teacher = student + rng.choice([0.0, 1e-4, 0.1]) * rng.normal(size=teacher.shape)
     for i in range(B):
@@ -49,7 +49,7 @@ def cut_problems(draw, dtypes):
         gone = parts[rng.integers(len(parts))] if rng.random() < 0.5 else None
         for x in {"all": [], "shared": [student, teacher], "teacher": [teacher], "student": [student]}[support]:
             if gone is None:
-                _rule_out(rng, x[i])
+                rule_out(rng, x[i])
             else:
                 x[i, gone] = -np.inf  # a whole slice
     student += rng.choice([0.0, 0.0, 1e4, -1e4])

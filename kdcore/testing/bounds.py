@@ -44,6 +44,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdcore.errors import DomainError
+
 __all__ = [
     "GRADIENT",
     "RELATIVE_LOSS",
@@ -53,6 +55,7 @@ __all__ = [
     "half_ulp",
     "kd_bounds",
     "loss_bound",
+    "name_and_parameter",
     "sparse_kd_bounds",
     "subtracted",
     "within",
@@ -159,7 +162,7 @@ def kd_bounds(
     row's weight over the denominator; a row of scale 0 gets the bound 0. A row whose divergence is +inf and leaves no
     gradient gets the gradient bound NaN.
     """
-    name, parameter = _name_and_parameter(divergence)
+    name, parameter = name_and_parameter(divergence)
     h = p = q = q_slope = None
     jump: Any = 0.0
     if alpha > 0:
@@ -241,10 +244,11 @@ _DEFAULTS = {
 }
 
 
-def _name_and_parameter(divergence: Any) -> tuple[str, Any]:
+def name_and_parameter(divergence: Any) -> tuple[str, Any]:
+    """The name and the parameter (None where it has none) of a divergence that :mod:`kdcore.divergences` defines."""
     name = divergence if isinstance(divergence, str) else getattr(divergence, "name", None)
     if name not in _DEFAULTS or not getattr(divergence, "builtin", True):
-        raise ValueError(
+        raise DomainError(
             f"divergence must be one of {', '.join(map(repr, _DEFAULTS))}, by name or with its parameter, got "
             f"{divergence!r}; for one of your own, give its q_slope to gradient_bound, and use loss_bound"
         )
