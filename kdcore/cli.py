@@ -98,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     falsify.add_argument("implementation", metavar="MODULE:FUNCTION", help="package.module:function")
     falsify.add_argument("--divergence", default="forward_kl", metavar="NAME", help="default: %(default)s")
     falsify.add_argument(
-        "--features", metavar="A,B,...", help="what is claimed; by default all but ignore_index. -NAME: all but NAME"
+        "--features",
+        metavar="A,B,...",
+        help="what is claimed; by default all but ignore_index. --features=-NAME: all of these but NAME",
     )
     falsify.add_argument(
         "--adapter",

@@ -61,7 +61,7 @@ def test_right_implementations_of_every_divergence_pass(divergence):
 @pytest.mark.parametrize(
     ("divergence", "function"),
     [(divergences.jsd(0.2), Divergence(jsd, 0.2)), (divergences.alpha(0.9), Divergence(alpha_divergence, 0.9))],
-    ids=repr,
+    ids=["jsd", "alpha"],
 )
 def test_right_implementations_with_a_parameter_pass(divergence, function):
     report = falsify(function, divergence=divergence, max_examples=0)
