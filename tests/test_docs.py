@@ -24,6 +24,7 @@ PAGES = {
     ROOT / "docs" / "teachers.md": 1,
     ROOT / "docs" / "numerics.md": 1,
     ROOT / "docs" / "extending.md": 1,
+    ROOT / "docs" / "falsifiers.md": 1,
 }
 
 

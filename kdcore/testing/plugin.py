@@ -1,6 +1,6 @@
 """A pytest plugin: each falsifier a test of its own, for an implementation of one's own.
 
-Installed with kdcore, and idle until a test asks for its fixture:
+Installed with kdcore, and idle until a test asks for its fixture::
 
     import pytest
     from my_library import loss_and_gradient

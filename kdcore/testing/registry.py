@@ -1,7 +1,7 @@
 """The registry: each falsifier one function with an ID, a sentence, a reference, hand-picked cases and a strategy.
 
 A falsifier looks at one case at a time and yields findings, numbers that were measured beside what is allowed. All that
-is allowed follows from :meth:`kdcore.testing.cases.Case.judged`, for relations by the triangle inequality: what two
+is allowed follows from :meth:`kdcore.testing.Case.judged`, for relations by the triangle inequality: what two
 results may each be off adds up, and what two exact results differ by (because the arguments were rounded, because a
 difference quotient is none) is not held against anybody. So whoever computes both numbers within the contract passes,
 whatever the case.
@@ -76,9 +76,9 @@ class Falsifier:
     id, statement, reference : str
         What it is called, what it says in a sentence, where that is from.
     check : function
-        (:class:`~kdcore.testing.calls.Calls` of the implementation, case) -> findings.
+        (``Calls`` of the implementation, case) -> findings.
     fixtures : tuple of str
-        Names of :data:`kdcore.testing.cases.FIXTURES`: what is tried first, always.
+        Names of ``kdcore.testing.FIXTURES``: what is tried first, always.
     search : dict
         Keywords of :func:`kdcore.testing.strategies.cases`: what is drawn beyond.
     needs : frozenset of str
@@ -105,7 +105,7 @@ class Falsifier:
             yield from FIXTURES[name]()
 
     def strategy(self) -> Any:
-        """The Hypothesis strategy of its search, of :class:`~kdcore.testing.cases.Case`."""
+        """The Hypothesis strategy of its search, of :class:`~kdcore.testing.Case`."""
         from kdcore.testing import strategies
 
         return strategies.cases(dtype=self.dtype, **self.search)

@@ -228,7 +228,7 @@ def cases(
     supports: Sequence[str] = ("all",),
     offsets: Sequence[float] = (0.0,),
 ) -> Any:
-    """A :class:`~kdcore.testing.cases.Case`: the five arguments of a loss under test.
+    """A :class:`~kdcore.testing.Case`: the five arguments of a loss under test.
 
     Parameters
     ----------
