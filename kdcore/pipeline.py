@@ -608,8 +608,7 @@ def _check_temperature(teacher: TeacherLogitsProvider, config: DistillConfig) ->
     temperatures = sparse.temperatures or ()
     if config.temperature not in temperatures:
         raise ConfigError(
-            f"temperature={config.temperature} is none at which the rows of {teacher!r} are stored: "
-            f"{', '.join(map(str, temperatures))}"
+            f"temperature={config.temperature}, but {teacher!r} has rows at {', '.join(map(str, temperatures))} alone"
         )
 
 

@@ -11,6 +11,7 @@ import kdcore
 from kdcore.errors import DomainError, MissingRowError, ShapeError
 from kdcore.runfile import pipeline_from_toml
 from kdcore.store.manifest import write_manifest
+from kdcore.teachers.base import answers_per_position
 
 VOCAB = 50
 SEQUENCES = [np.array([3, 1, 4]), np.array([1, 5]), np.array([9, 2, 6, 5])]
@@ -103,8 +104,13 @@ def test_steps_ask_a_sparse_store_for_its_rows(tmp_path, logits, tail):
             teacher, SEQUENCES, [row[-1] for row in labels], 2.0, 0.3, lambda _: next(given), tail=tail
         )
         np.testing.assert_array_equal(gradient, expected.gradient[[2, 4, 8]])
+        logits, mask = answers_per_position(teacher, [[], []], 2.0)
+        assert logits.shape == mask.shape == (2, 0)
         empty = kdcore.kd_step_per_position(teacher, [[]], [[]], 2.0, 0.3, lambda _: np.zeros((0, VOCAB)), tail=tail)
         assert empty[0] == 0 and empty[1].shape == (1, 0, VOCAB)
+        teacher.rows_per_position = lambda ids, temperature: (rows[:8], np.ones((3, 3), bool))
+        with pytest.raises(ShapeError, match=r"a row for each of 9 positions, got the shape \(8,\)"):
+            answers_per_position(teacher, SEQUENCES, 2.0)
         with pytest.raises(DomainError, match="temperature 3.0 is not stored"):
             kdcore.kd_step(teacher, SEQUENCES, [1, 2, 3], 3.0, 0.3, lambda _: np.zeros(VOCAB))
 

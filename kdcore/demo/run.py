@@ -184,16 +184,14 @@ def evaluate_checkpoint(path: str | Path) -> float:
     return _bits(student, *_held_out(load_corpus()))
 
 
-def write_store(
-    path: Path, model: WittenBellModel, text: NDArray[np.uint8], *, kind: str = "topk", k: int | None = K
-) -> None:
+def write_store(path: Path, model: WittenBellModel, text: NDArray[np.uint8]) -> None:
     """A store of what the model says at every byte of passages, as :func:`kdcore.demo.corpus.passages` returns them.
 
     The model reads the ``model.order - 2`` bytes before a passage too, so that it has as many bytes at the first as at
     all others.
     """
     with LogitStoreWriter(
-        path, vocab_size=BYTES, kind=kind, k=k, temperatures=(1.0,), capacity=len(text) * (PASSAGE + 1),
+        path, vocab_size=BYTES, k=K, temperatures=(1.0,), capacity=len(text) * (PASSAGE + 1),
         teacher="Witten-Bell byte model of the standard library's source",
     ) as writer:  # fmt: skip
         for start in range(0, len(text), _BLOCK_PASSAGES):

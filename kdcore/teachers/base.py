@@ -86,6 +86,4 @@ def answers_per_position(
         raise ShapeError(
             f"the teacher must return a row for each of {mask.sum()} positions, got the shape {rows.shape}"
         )
-    return (
-        rows[np.maximum(np.cumsum(mask).reshape(mask.shape) - 1, 0)] if len(rows) else rows.reshape(*mask.shape)
-    ), mask
+    return rows[np.maximum(np.cumsum(mask).reshape(mask.shape) - 1, 0)], mask
