@@ -110,6 +110,7 @@ if TYPE_CHECKING:  # the same names as below, for type checkers
     )
     from kdcore.teachers.base import (
         TeacherLogitsProvider as TeacherLogitsProvider,
+        TeacherRowsProvider as TeacherRowsProvider,
     )
     from kdcore.teachers.cuda import (
         CudaTeacher as CudaTeacher,
@@ -149,7 +150,7 @@ _HOME = {
     "kdcore.students.base": ("StudentLogitsProvider",),
     "kdcore.students.linear": ("LinearStudent",),
     "kdcore.students.logit": ("LogitStudent",),
-    "kdcore.teachers.base": ("TeacherLogitsProvider",),
+    "kdcore.teachers.base": ("TeacherLogitsProvider", "TeacherRowsProvider"),
     "kdcore.teachers.cuda": ("CudaTeacher", "device_batches"),
     "kdcore.teachers.fixture": ("FixtureTeacher",),
     "kdcore.teachers.hdf5": ("HDF5Teacher",),

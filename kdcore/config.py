@@ -10,9 +10,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from kdcore.arguments import Tail, as_tail
 from kdcore.checks import choice, file_path, flag, integer, number_in, positive_number
 from kdcore.divergences import NAMES
 from kdcore.errors import ConfigError, DomainError, DTypeError
+from kdcore.objective import TAILS
 
 __all__ = ["DistillConfig", "read_toml"]
 
@@ -42,6 +44,9 @@ class DistillConfig:
         The weight of the hard cross-entropy, in [0, 1]; the teacher's weight is 1 - alpha.
     divergence : str
         The name of one of :mod:`kdcore.divergences`, which then has its default parameter.
+    tail : {"bucket", "renormalize", "zero", "uniform"}
+        What becomes of the classes that a teacher of :class:`kdcore.TopKRows` leaves out, see
+        :func:`kdcore.kd_loss_and_gradient`. Every other teacher leaves it at "bucket".
     batch_size : int
         Rows a step.
     epochs : int
@@ -71,6 +76,7 @@ class DistillConfig:
     temperature: float = 4.0
     alpha: float = 0.3
     divergence: str = "forward_kl"
+    tail: Tail = "bucket"
     batch_size: int = 32
     epochs: int = 1
     max_steps: int | None = None
@@ -105,6 +111,8 @@ class DistillConfig:
                 object.__setattr__(self, name, value)
             choice(self.divergence, "divergence", NAMES)
             choice(self.vocabulary, "vocabulary", ("error", "truncate"))
+            if as_tail(self.tail, None) != TAILS[0] and self.alpha == 1:
+                raise DomainError(f"tail={self.tail!r} has no effect at alpha=1, where no teacher is read")
         except (DomainError, DTypeError) as error:
             raise ConfigError(str(error)) from None
 
@@ -142,7 +150,8 @@ class DistillConfig:
         """
         divergence = _DIVERGENCE_WORDS[self.divergence]
         hard, soft = _figure(self.alpha), _figure(1 - self.alpha)
-        return f"{hard} · CE + {soft} · T² · {divergence}, T = {self.temperature:g}"
+        tail = "" if self.tail == TAILS[0] else f", tail = {self.tail}"
+        return f"{hard} · CE + {soft} · T² · {divergence}, T = {self.temperature:g}{tail}"
 
 
 def _figure(weight: float) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from kdcore.arguments import Tail
 from kdcore.batches import Batch, BatchSource
 from kdcore.callbacks import Callback, RunState
 from kdcore.config import DistillConfig
@@ -37,10 +38,11 @@ from kdcore.errors import (
     VocabularyMismatchError,
 )
 from kdcore.hdf5 import read_arrays
-from kdcore.ops import kd_loss_and_gradient, kl_divergence
+from kdcore.ops import kd_loss, kd_loss_and_gradient, kl_divergence
+from kdcore.sparse import SampledRows, TopKRows
 from kdcore.steps import counted_kd_step, kd_step_per_position
 from kdcore.students.base import StudentLogitsProvider
-from kdcore.teachers.base import TeacherLogitsProvider
+from kdcore.teachers.base import TeacherLogitsProvider, answers_for_batch, answers_per_position, rows_teacher
 from kdcore.teachers.truncating import TruncatingTeacher
 
 __all__ = ["Pipeline", "PipelineResult"]
@@ -84,6 +86,8 @@ class Pipeline:
     ----------
     config : DistillConfig
     teacher : TeacherLogitsProvider
+        A :class:`TeacherRowsProvider`, an :class:`HDF5Teacher` of a "topk" or "sampled" store say, is asked for its
+        rows at ``config.temperature``, which it must have.
     student : StudentLogitsProvider
     batches : BatchSource
         Training rows, and the held-out rows that every validation uses. With ``config.per_position`` its labels are
@@ -135,6 +139,8 @@ class Pipeline:
         self.config = config
         self._whole_teacher = teacher
         self._compared_files = False
+        self._got_rows = False  # whether the teacher's last answer was rows, and not logits
+        _check_temperature(teacher, config)
         self.teacher = _fit_vocabulary(teacher, student, config)
         self.student = student
         self.batches = batches
@@ -263,7 +269,9 @@ class Pipeline:
 
     def _step(self, batch: Batch) -> float:
         config = self.config
-        keywords: dict[str, Any] = {"divergence": config.divergence, "ignore_index": config.ignore_index}
+        keywords: dict[str, Any] = {
+            "divergence": config.divergence, "ignore_index": config.ignore_index, "tail": config.tail
+        }  # fmt: skip
         if config.per_position:
             logits, mask = self.student.logits_per_position(batch.input_ids)
             _check_rows(logits, batch)
@@ -307,7 +315,7 @@ class Pipeline:
             # The gradient comes along unused: one pass with it costs less than a pass for each part of the loss.
             sums = kd_loss_and_gradient(
                 student, teacher, labels, config.temperature, config.alpha,
-                divergence=config.divergence, ignore_index=config.ignore_index, reduction="sum",
+                divergence=config.divergence, ignore_index=config.ignore_index, reduction="sum", tail=config.tail,
             )  # fmt: skip
             for name, total in totals.items():
                 totals[name] = total + float(getattr(sums, name) or 0.0)
@@ -328,15 +336,19 @@ class Pipeline:
             teacher_ids = None if held_out.teacher_ids is None else held_out.teacher_ids[part]
             yield Batch(held_out.input_ids[part], held_out.labels[part], teacher_ids)
 
-    def _logits(self, batch: Batch) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]:
-        """Student and teacher logits [N, V] and labels [N] of rows, or of positions that exist."""
+    def _logits(self, batch: Batch) -> tuple[NDArray[Any], Any, NDArray[np.int64]]:
+        """Student and teacher logits [N, V] and labels [N] of rows, or of positions that exist.
+
+        Of a teacher without logits its rows [N].
+        """
         teacher = None
+        temperature = self.config.temperature
         if self.config.per_position:
             student, mask = self.student.logits_per_position(batch.input_ids)
             _check_rows(student, batch)
             labels = _cut_labels(batch.labels, mask, self.config.ignore_index)[mask]
             if self.config.alpha < 1:
-                teacher, teacher_mask = self.teacher.logits_per_position(batch.for_teacher)
+                teacher, teacher_mask = answers_per_position(self.teacher, batch.for_teacher, temperature)
                 if not np.array_equal(teacher_mask, mask):
                     raise ShapeError("teacher and student have different positions in the held-out rows")
                 teacher = teacher[mask]
@@ -345,7 +357,10 @@ class Pipeline:
             student, labels = self.student.logits_for_batch(batch.input_ids), batch.labels
             _check_rows(student, batch)
             if self.config.alpha < 1:
-                teacher = self.teacher.logits_for_batch(batch.for_teacher)
+                teacher = answers_for_batch(self.teacher, batch.for_teacher, temperature)
+        self._got_rows = isinstance(teacher, TopKRows | SampledRows)
+        if self._got_rows:
+            return student, teacher, labels  # kd_loss compares their shapes, and says so in its own words
         if teacher is not None and teacher.shape != student.shape:
             raise ShapeError(f"the teacher must return logits of shape {student.shape}, got {teacher.shape}")
         return student, student if teacher is None else teacher, labels
@@ -354,20 +369,23 @@ class Pipeline:
         if self.config.alpha == 1 or self.config.allow_degenerate:
             return
         temperature = self.config.temperature
-        if initial["kl"] > _CERTAIN_KL * temperature * temperature:
-            return
-        temperature = min(temperature, _WARMEST_COMPARISON)
+        if initial["kl"] > _CERTAIN_KL * temperature * temperature and not self._got_rows:
+            return  # of rows D alone does not say how far it is from its least
         total, count = 0.0, 0
         for part in self._parts(held_out):
             student, teacher, labels = self._logits(part)
             keep = labels != self.config.ignore_index
+            count += int(keep.sum())
+            if isinstance(teacher, TopKRows | SampledRows):
+                total += _above_least(student[keep], teacher[keep], temperature, self.config.tail)
+                continue
+            temperature = min(temperature, _WARMEST_COMPARISON)
             total += float(
                 kl_divergence(
                     student[keep].astype(np.float64), teacher[keep].astype(np.float64), temperature,
                     divergence=self.config.divergence, reduction="sum",
                 )
             )  # fmt: skip
-            count += int(keep.sum())
         divergence = total / count
         if temperature * temperature * divergence < _DEGENERATE_LOSS:
             raise DegenerateTeacherError(
@@ -528,17 +546,21 @@ class Pipeline:
         }
 
     def _teacher_digest(self, held_out: Batch) -> str | None:
-        """Enough to tell the teacher from another: its logits for the first held-out rows. None where it is not asked.
+        """Enough to tell the teacher from another: its answers for the first held-out rows. None where it is not asked.
 
         The teacher that was given is asked, and not the truncated one, whose account of lost mass is the run's.
         """
         if self.config.alpha == 1:
             return None
-        part = next(self._parts(held_out))
+        asked, temperature = next(self._parts(held_out)).for_teacher, self.config.temperature
         if self.config.per_position:
-            logits, mask = self._whole_teacher.logits_per_position(part.for_teacher)
-            return _digest(logits[mask])
-        return _digest(self._whole_teacher.logits_for_batch(part.for_teacher))
+            answers, mask = answers_per_position(self._whole_teacher, asked, temperature)
+            answers = answers[mask]
+        else:
+            answers = answers_for_batch(self._whole_teacher, asked, temperature)
+        if isinstance(answers, TopKRows | SampledRows):
+            return "".join(map(_digest, answers.arrays().values()))
+        return _digest(answers)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -576,6 +598,38 @@ class Pipeline:
             _log.setLevel(level)
             _log.removeHandler(handler)
             handler.close()
+
+
+def _check_temperature(teacher: TeacherLogitsProvider, config: DistillConfig) -> None:
+    """Before anything is made: a teacher of rows must have them at the temperature of the run."""
+    sparse = rows_teacher(teacher)
+    if sparse is None or config.alpha == 1:
+        return
+    temperatures = sparse.temperatures or ()
+    if config.temperature not in temperatures:
+        raise ConfigError(
+            f"temperature={config.temperature}, but {teacher!r} has rows at {', '.join(map(str, temperatures))} alone"
+        )
+
+
+def _above_least(student: NDArray[Any], rows: TopKRows | SampledRows, temperature: float, tail: Tail) -> float:
+    """The sum of D over rows less the least that each could be.
+
+    With M the mass of a row's outcomes that is M log M, where the student has p / M: what M lacks to 1 by the rounding
+    of what is stored, or by what the policy leaves out, makes D larger or smaller in first order.
+    """
+    divergence = kd_loss(
+        student.astype(np.float64), rows, None, temperature, 0.0, scale_t2=False, tail=tail, reduction="sum"
+    )
+    if isinstance(rows, TopKRows) and tail == "renormalize":
+        return float(divergence)
+    log_p = rows.log_probs if isinstance(rows, TopKRows) else rows.log_weights
+    there = np.arange(rows.k) < rows.n_valid[:, None]
+    mass = np.where(there, np.exp(log_p, dtype=np.float64), 0.0).sum(axis=1)
+    if isinstance(rows, TopKRows) and tail != "zero":
+        mass += np.exp(rows.tail_logmass, dtype=np.float64)
+    mass = mass[mass > 0]  # 0 log 0 = 0
+    return float(divergence) - float((mass * np.log(mass)).sum())
 
 
 def _fit_vocabulary(

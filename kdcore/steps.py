@@ -14,7 +14,7 @@ from kdcore.errors import DTypeError, ShapeError, VocabularyMismatchError
 from kdcore.ops import kd_loss_and_gradient
 from kdcore.sequences import as_rows, pad_rows
 from kdcore.sparse import SampledRows, TopKRows
-from kdcore.teachers.base import InputIds, TeacherLogitsProvider
+from kdcore.teachers.base import InputIds, TeacherLogitsProvider, answers_for_batch, answers_per_position
 
 __all__ = ["kd_step", "kd_step_per_position"]  # counted_kd_step is for the pipeline
 
@@ -39,7 +39,8 @@ def kd_step(
     ----------
     teacher : TeacherLogitsProvider
         Asked once, for the whole batch; not at alpha = 1, where no teacher is read. It may return
-        :class:`kdcore.TopKRows` or :class:`kdcore.SampledRows`, of the shape that its logits would have.
+        :class:`kdcore.TopKRows` or :class:`kdcore.SampledRows`, of the shape that its logits would have; a
+        :class:`kdcore.TeacherRowsProvider` is asked for them at ``temperature``.
     input_ids : B rows of token ids
         Ragged or an array [B, L].
     labels : array-like of int [B]
@@ -101,7 +102,8 @@ def counted_kd_step(
         return 0.0, _no_gradient((0, vocab_size), labels, temperature, alpha, divergence, ignore_index), 0
     teacher_logits = None
     if alpha < 1:
-        teacher_logits = _teacher_logits(teacher.logits_for_batch(input_ids), (len(rows), vocab_size))
+        teacher_logits = answers_for_batch(teacher, input_ids, temperature)
+        teacher_logits = _teacher_logits(teacher_logits, (len(rows), vocab_size))
     student_rows = [_student_logits(compute_student_logits(row), i, (vocab_size,)) for i, row in enumerate(rows)]
     result = kd_loss_and_gradient(
         np.stack(student_rows),
@@ -173,7 +175,7 @@ def kd_step_per_position(
 
     teacher_logits = None
     if alpha < 1:
-        teacher_logits, teacher_mask = teacher.logits_per_position(input_ids)
+        teacher_logits, teacher_mask = answers_per_position(teacher, input_ids, temperature)
         _same_lengths(np.asarray(teacher_mask, bool), target_mask, "the teacher's mask")
         teacher_logits = _teacher_logits(teacher_logits, (*mask.shape, vocab_size))
     student_rows = [

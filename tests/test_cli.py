@@ -155,6 +155,10 @@ def test_demo(small_demo, tmp_path, capsys):
     assert report["uniform_bits_per_byte"] == 8
     assert 1 < report["teacher_bits_per_byte"] < row["distilled"]["bits_per_byte"]
     assert row["distilled"]["bits_per_byte"] + 0.2 < row["hard"]["bits_per_byte"] < 8
+    with kdcore.LogitStore(tmp_path / "demo" / "teacher.h5") as store:  # 120 passages to learn from, 40 to tune by
+        store.verify()
+        assert (store.kind, store.sequences, len(store)) == ("topk", 160, 160 * 26)
+    assert report["store"] == {"kind": "topk", "k": 32, "rows": 4160, "bytes": store.path.stat().st_size}
     assert (tmp_path / "demo" / "demo.png").read_bytes().startswith(b"\x89PNG")
 
     capsys.readouterr()

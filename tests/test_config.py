@@ -19,9 +19,11 @@ from kdcore import (
     LogitStudent,
     Pipeline,
     SyntheticBatchSource,
+    TopKRows,
     VocabularyMismatchError,
 )
 from kdcore.divergences import NAMES, jsd
+from kdcore.objective import TAILS
 
 FIELDS = [field.name for field in dataclasses.fields(DistillConfig)]
 
@@ -48,6 +50,8 @@ OUT_OF_RANGE = [
     ("divergence", "jsd(0.3)"),
     ("divergence", jsd),
     ("divergence", jsd(0.3)),  # a checkpoint stores names
+    ("tail", "buckets"),
+    ("tail", None),
     ("batch_size", 0),
     ("batch_size", -1),
     ("batch_size", 2.0),
@@ -142,6 +146,7 @@ def test_from_toml(tmp_path):
         temperature = 2
         alpha = 0.25
         divergence = "reverse_kl"
+        tail = "zero"
         batch_size = 8
         epochs = 3
         max_steps = 100
@@ -164,6 +169,7 @@ def test_from_toml(tmp_path):
         "temperature": 2.0,
         "alpha": 0.25,
         "divergence": "reverse_kl",
+        "tail": "zero",
         "batch_size": 8,
         "epochs": 3,
         "max_steps": 100,
@@ -229,6 +235,7 @@ def test_toml_without_a_file(tmp_path):
         ),
         ({"divergence": "tvd"}, "0.30 · CE + 0.70 · T² · TVD(teacher, student), T = 4"),
         ({"divergence": "alpha"}, "0.30 · CE + 0.70 · T² · α-divergence(½)(teacher, student), T = 4"),
+        ({"tail": "zero"}, "0.30 · CE + 0.70 · T² · KL(teacher ‖ student), T = 4, tail = zero"),
         # A weight that is there does not read as absent.
         ({"alpha": 0.999}, "0.999 · CE + 0.001 · T² · KL(teacher ‖ student), T = 4"),
     ],
@@ -259,7 +266,7 @@ class Steps(Callback):
         self.checkpoints.append(state.step)
 
 
-def observe(directory, *, classes=8, context=1, **changes):
+def observe(directory, *, classes=8, context=1, teacher=FixtureTeacher, **changes):
     """A short run, and everything of it that a field could show in."""
     per_position = changes.get("per_position", False)
     values = {
@@ -271,7 +278,7 @@ def observe(directory, *, classes=8, context=1, **changes):
     labels = ids if per_position else ids[:, 1]
     result = Pipeline(
         config,
-        teacher=FixtureTeacher(classes),
+        teacher=teacher(classes),
         student=LogitStudent(8, context=context, learning_rate=1.0),
         batches=ArrayBatchSource(ids, labels, seed=0, held_out=0.2),
         callbacks=[seen],
@@ -316,6 +323,15 @@ def test_d11_changing_a_field_changes_the_run(field, value, shows_in, usual, tmp
     assert changed[shows_in] != usual[shows_in]
 
 
+def test_d11_changing_the_tail_changes_a_run_from_rows(tmp_path):
+    class Rows(FixtureTeacher):
+        def logits_for_batch(self, input_ids):
+            return TopKRows.from_logits(super().logits_for_batch(input_ids), 3, 4.0)
+
+    runs = [observe(tmp_path / tail, teacher=Rows, tail=tail)["logits"] for tail in TAILS]
+    assert all(runs.count(run) == 1 for run in runs)
+
+
 def test_d11_the_same_configuration_gives_the_same_run(usual, tmp_path):
     again = observe(tmp_path)
     assert {**again, "path": None} == {**usual, "path": None}
@@ -347,4 +363,4 @@ def test_d11_vocabulary_and_allow_degenerate_decide_whether_there_is_a_run(tmp_p
 def test_the_tables_above_miss_no_field():
     marks = test_d11_changing_a_field_changes_the_run.pytestmark
     changed = {field for field, _, _ in next(mark for mark in marks if mark.name == "parametrize").args[1]}
-    assert changed | {"output_dir", "vocabulary", "allow_degenerate"} == set(FIELDS)
+    assert changed | {"output_dir", "tail", "vocabulary", "allow_degenerate"} == set(FIELDS)

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import event, given, settings, strategies as st
 
-from kdcore.demo.corpus import load_corpus, part_of, positions, source_paths
+from kdcore import LogitStore
+from kdcore.demo.corpus import load_corpus, part_of, passages, positions, source_paths
 from kdcore.demo.ngram import MAX_ORDER, WittenBellModel
+from kdcore.demo.run import PASSAGE, write_store
 from kdcore.errors import DomainError, DTypeError, KdcoreError, MissingSourceError, ShapeError
 
 SENTENCES = [
@@ -246,3 +248,33 @@ def test_no_files_have_no_positions() -> None:
     contexts, labels = positions([], 0, seed=0, order=3)
     assert contexts.shape == (0, 2)
     assert labels.shape == (0,)
+
+
+def test_passages_are_distinct_nested_and_lie_within_files() -> None:
+    files = [bytes(np.random.default_rng(i).integers(97, 99, 300, np.uint8)) for i in range(3)]
+    text = passages(files, 100, 8, seed=1, before=2)
+    assert (text.shape, text.dtype) == ((100, 11), np.uint8)
+    contents = [passage[2:-1].tobytes() for passage in text]
+    assert len(set(contents)) == 100
+    assert all(any(passage.tobytes() in file for file in files) for passage in text)
+    np.testing.assert_array_equal(passages(files, 30, 8, seed=1, before=2), text[:30])
+    # Of 256 contents, 100 are taken: more are drawn than are asked for, and none of those is among them.
+    others = passages(files, 60, 8, seed=1, before=2, taken=text)
+    assert not {passage[2:-1].tobytes() for passage in others} & set(contents)
+    with pytest.raises(DomainError, match="positions with a full context"):
+        passages(files, 257, 8, seed=1, before=2)
+
+
+def test_the_store_has_what_the_model_says_at_every_byte_of_a_passage(tmp_path: Path) -> None:
+    model = WittenBellModel.fit(SENTENCES[:2], 5)
+    text = passages(SENTENCES[:2], 4, PASSAGE + 1, seed=0, before=3)
+    write_store(tmp_path / "t.h5", model, text)
+    with LogitStore(tmp_path / "t.h5") as store:
+        for passage in text:
+            rows = store.sequence(passage[3:-1])
+            expected = model.log_probs(as_contexts([passage[i - 3 : i + 1].tobytes() for i in range(3, 29)], 4))
+            stored = np.take_along_axis(expected, rows.indices.astype(np.int64), axis=1)
+            np.testing.assert_allclose(rows.log_probs, stored, rtol=2**-10, atol=1e-4)
+            tails = 1 - np.exp(stored).sum(axis=1)
+            np.testing.assert_allclose(np.exp(rows.tail_logmass), tails, rtol=1e-4)
+            assert tails.min() > 1e-3

@@ -13,6 +13,7 @@ import pytest
 
 import kdcore
 from kdcore.runfile import pipeline_from_toml
+from kdcore.store.manifest import write_manifest
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -47,7 +48,7 @@ def test_all_pages_with_examples_are_run():
 
 
 def test_readme_run_file(tmp_path):
-    (text,) = blocks("toml")
+    text, of_store = blocks("toml")
     tables = tomllib.loads(text)
     (tmp_path / "run.toml").write_text(text.replace("epochs = 3", "epochs = 1"), encoding="utf-8")
     tokens = np.random.default_rng(0).integers(0, 256, 3000)
@@ -62,6 +63,16 @@ def test_readme_run_file(tmp_path):
     assert result.output_path == tmp_path / "run" / "student.h5"
     assert result.metrics["final_loss"] != result.metrics["initial_loss"]
     assert "T = 2" in (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
+
+    (tmp_path / "store").mkdir()
+    with kdcore.LogitStoreWriter(tmp_path / "store" / "a.h5", vocab_size=256, k=4, capacity=3000) as writer:
+        for start in range(0, 2992, 17):
+            writer.append(tokens[start : start + 16], logits[start : start + 16])
+    write_manifest(tmp_path / "store")
+    text = re.sub(r"\[teacher\].*?\n\n", of_store + "\n", text, flags=re.DOTALL).replace('"run"', '"store-run"')
+    (tmp_path / "store.toml").write_text(text.replace("epochs = 3", "epochs = 1"), encoding="utf-8")
+    from_store = pipeline_from_toml(tmp_path / "store.toml").execute()
+    assert from_store.metrics["final_ce"] == pytest.approx(result.metrics["final_ce"], rel=1e-3)
 
 
 def test_readme_has_the_two_commands():
@@ -100,6 +111,7 @@ def test_public_names_have_examples():
         "PipelineResult",
         "StudentLogitsProvider",
         "TeacherLogitsProvider",
+        "TeacherRowsProvider",
         "device_batches",
     }
 

@@ -24,15 +24,18 @@ from kdcore import (
     ConfigError,
     DegenerateTeacherError,
     DistillConfig,
+    DomainError,
     FixtureTeacher,
     HDF5Teacher,
     LinearStudent,
+    LogitStoreWriter,
     LogitStudent,
     NonFiniteError,
     Pipeline,
     ShapeError,
     ShardBatchSource,
     SyntheticBatchSource,
+    TopKRows,
     TruncatingTeacher,
     VocabularyMismatchError,
     save_teacher_logits,
@@ -1231,6 +1234,7 @@ def test_a_run_does_not_write_over_another(tmp_path):
         ({"temperature": 3.0}, "temperature was 2.0 and is 3.0"),
         ({"batch_size": 5}, "batch_size was 4 and is 5"),
         ({"divergence": "reverse_kl"}, "divergence was 'forward_kl' and is 'reverse_kl'"),
+        ({"tail": "zero"}, "tail was 'bucket' and is 'zero'"),
         ({"student": momentum_student()}, "student was 'LogitStudent' and is 'LinearStudent'"),
         ({"batches": arrays(seed=9)}, "held_out_labels was '[0-9a-f]{16}' and is '[0-9a-f]{16}'"),
     ],
@@ -1368,3 +1372,170 @@ def test_stored_logits_that_are_too_few_end_the_run_with_their_row(tmp_path):
     ):
         pipeline(tmp_path / "run", teacher=stored, batches=batches).execute()
     assert not (tmp_path / "run" / "student.h5").exists()
+
+
+# --- teachers whose rows do not have every class --------------------------------------------------------------------
+
+
+def stored(path, table=None, *, sequences=None, **options):
+    """A store of a bigram teacher's answers: by default one sequence of all tokens, so that row r is about token r."""
+    table = Bigram().table if table is None else table
+    options = {"k": 3, "value_dtype": "float32"} | options
+    with LogitStoreWriter(path, vocab_size=table.shape[1], capacity=400, **options) as writer:
+        for sequence in [np.arange(V)] if sequences is None else sequences:
+            writer.append(sequence, np.asarray(table)[sequence])
+    return path
+
+
+def numbered(*, per_position=False):
+    """:func:`arrays`, whose rows ask the teacher with the numbers of their tokens' rows."""
+    ids = np.random.default_rng(0).integers(V, size=(50, 2))
+    labels = arrays(per_position=per_position, shuffle=None, held_out=0.02)
+    labels = np.concatenate([labels.held_out().labels, labels.next_batch(49).labels])
+    teacher_ids = ids if per_position else ids[:, -1:]
+    return ArrayBatchSource(ids, labels, teacher_ids=teacher_ids, seed=3, held_out=0.2)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "zero", "uniform"])
+@pytest.mark.parametrize("per_position", [False, True])
+def test_losses_of_a_run_from_the_likeliest_classes_are_the_oracles(per_position, tail, tmp_path):
+    batches, path = numbered(per_position=per_position), stored(tmp_path / "t.h5")
+    result = pipeline(
+        tmp_path / "run", teacher=HDF5Teacher(path), batches=batches, per_position=per_position, tail=tail
+    ).execute()
+    logits = Bigram().table.astype(np.float64) / 2.0
+    log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    best = np.argsort(-log_p, axis=1)[:, :3]
+    rest = np.delete(log_p[0], best[0])
+    assert np.exp(rest).sum() > 0.02  # there is a tail
+    teacher = [
+        (dict(zip(best[i].tolist(), row[best[i]], strict=True)), np.logaddexp.reduce(np.delete(row, best[i])))
+        for i, row in enumerate(log_p)
+    ]
+    held_out = batches.held_out()
+    tokens = held_out.input_ids.ravel() if per_position else held_out.input_ids[:, -1]
+    for when, student in (("initial", LogitStudent(V, context=1)), ("final", LogitStudent.load(result.output_path))):
+        logits, labels = student.logits_for_batch(tokens[:, None]), held_out.labels.ravel()
+        exact = oracle.sparse_kd(
+            logits, [teacher[token] for token in tokens], labels, 2.0, 0.5, tail=tail,
+            scales=oracle.row_scales(len(labels), labels),
+        )  # fmt: skip
+        assert result.metrics[f"{when}_loss"] == pytest.approx(float(exact.loss.sum()), rel=1e-5)
+    assert result.metrics["final_loss"] < 0.95 * result.metrics["initial_loss"]
+
+
+@pytest.mark.parametrize("per_position", [False, True])
+def test_a_run_from_rows_with_every_class_is_that_of_the_teacher(per_position, tmp_path):
+    """Found by content: of windows, which a shuffle cannot misalign."""
+    tokens = shards(tmp_path / "shards")
+    windows = {
+        tuple(w): None
+        for shard in (tokens[:95], tokens[95:])
+        for w in shard[: len(shard) // 4 * 4].reshape(-1, 4)[:, :3]
+    }
+    path = stored(tmp_path / "t.h5", k=V, sequences=[np.array(window) for window in windows])
+    runs = [
+        pipeline(
+            tmp_path / name, teacher=teacher, per_position=per_position,
+            batches=ShardBatchSource(tmp_path / "shards", 3, seed=2, per_position=per_position),
+        ).execute()
+        for name, teacher in (("store", HDF5Teacher(path, address="content")), ("direct", Bigram()))
+    ]  # fmt: skip
+    tables = [LogitStudent.load(run.output_path).logits_for_batch([[token] for token in range(V)]) for run in runs]
+    np.testing.assert_allclose(*tables, atol=1e-5)
+    assert np.abs(tables[0]).max() > 0.1
+    assert runs[0].metrics["final_loss"] == pytest.approx(runs[1].metrics["final_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "sampled", "k": None, "draws": 4, "head_k": 1}])
+def test_a_run_from_a_store_goes_on_bit_for_bit_and_knows_its_store(options, tmp_path):
+    def run(name, store="t.h5", resume=False, **arguments):
+        made = pipeline(
+            tmp_path / name, teacher=HDF5Teacher(tmp_path / store), batches=numbered(), checkpoint_every=1, **arguments
+        )
+        return made.execute(resume=resume)
+
+    stored(tmp_path / "t.h5", **options)
+    stored(tmp_path / "other.h5", Bigram(seed=1).table, **options)
+    whole = run("whole")
+    with pytest.raises(InterruptedError):
+        run("cut", callbacks=[CrashAt(13)])
+    with pytest.raises(ConfigError, match="belongs to another teacher"):
+        run("cut", "other.h5", resume=True)
+    resumed = run("cut", resume=True)
+    same_student(whole.output_path, resumed.output_path)
+    assert lasting(whole.metrics) == lasting(resumed.metrics)
+
+
+def test_a_temperature_that_is_not_stored_is_found_before_the_run(tmp_path):
+    teacher = HDF5Teacher(stored(tmp_path / "t.h5", temperatures=(1.0, 4.0)))
+    with pytest.raises(ConfigError, match=r"temperature=2\.0, but HDF5Teacher.* has rows at 1\.0, 4\.0 alone"):
+        pipeline(tmp_path / "run", teacher=teacher, batches=numbered())
+    assert not (tmp_path / "run").exists()
+    assert pipeline(tmp_path / "ce", teacher=teacher, batches=numbered(), alpha=1.0).execute().metrics["steps"] == 20
+    dense = HDF5Teacher(stored(tmp_path / "dense.h5", kind="dense", k=None))
+    assert pipeline(tmp_path / "dense", teacher=dense, batches=numbered(), temperature=3.0).execute().metrics["steps"]
+
+
+def test_a_tail_without_an_effect_is_refused_before_the_first_step(tmp_path):
+    samples = HDF5Teacher(stored(tmp_path / "t.h5", kind="sampled", k=None, draws=4))
+    for teacher, kind in ((samples, "samples have none"), (Bigram(), "an array of logits has none")):
+        journal = Journal()
+        run = pipeline(tmp_path / "run", teacher=teacher, batches=numbered(), tail="zero", callbacks=[journal])
+        with pytest.raises(DomainError, match=kind):
+            run.execute()
+        assert journal.events == []
+    with pytest.raises(ConfigError, match="tail='zero' has no effect at alpha=1, where no teacher is read"):
+        pipeline(tmp_path / "run", tail="zero", alpha=1.0)
+    rows = HDF5Teacher(stored(tmp_path / "rows.h5"))
+    with pytest.raises(DomainError, match="divergence must be 'forward_kl'"):
+        pipeline(tmp_path / "run", teacher=rows, batches=numbered(), divergence="jsd").execute()
+
+
+class RowsOfTable(Table):
+    """A teacher that returns rows where others return logits: at one temperature, and with 1.001 times their mass."""
+
+    def __init__(self, table, k=3):
+        super().__init__(table)
+        self.k = k
+
+    def logits_for_batch(self, input_ids):
+        rows = TopKRows.from_logits(super().logits_for_batch(input_ids), self.k, 2.0)
+        return rows.map(lambda array: array + np.float32(1e-3) if array.dtype.kind == "f" else array)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "zero", "uniform"])
+def test_d13_agreement_with_rows_is_that_with_what_their_tail_policy_makes_of_them(tail, tmp_path):
+    """A student is refused where the gradient is 0: not where the loss is, which the policy "zero" moves below 0."""
+    p = np.exp(np.random.default_rng(0).normal(size=(V, V)) / 2)
+    p /= p.sum(axis=1, keepdims=True)
+    least = np.sort(p, axis=1)[:, V - 3, None]
+    head = np.where(p >= least, p, 0)
+    if tail == "uniform":
+        agreed = np.where(head > 0, p, (1 - head.sum(axis=1, keepdims=True)) / (V - 3))
+    elif tail == "bucket":  # the tail's mass in any shares
+        shares = np.where(head > 0, 0, np.random.default_rng(1).random((V, V)))
+        agreed = head + shares / shares.sum(axis=1, keepdims=True) * (1 - head.sum(axis=1, keepdims=True))
+    else:  # all of the student's mass on the stored classes, as far as float32 goes
+        agreed = np.where(head > 0, head / head.sum(axis=1, keepdims=True), 1e-12)
+
+    def run(name, student):
+        return pipeline(
+            tmp_path / name, teacher=RowsOfTable(2 * np.log(p)), student=table_student(student), tail=tail, alpha=0.0,
+            max_steps=1,
+        ).execute()  # fmt: skip
+
+    with pytest.raises(DegenerateTeacherError, match="teacher and student agree before the first step"):
+        run("agreed", 2 * np.log(agreed))
+    assert run("apart", np.zeros((V, V))).metrics["steps"] == 1
+    assert run("nearly", 2 * np.log(agreed) + 0.02 * np.eye(V)).metrics["steps"] == 1
+
+
+def test_d14_rows_without_every_class_cannot_be_cut(tmp_path):
+    wide = Bigram(V + 2).table
+    for name, teacher in (
+        ("store", HDF5Teacher(stored(tmp_path / "t.h5", wide, k=3))),
+        ("rows", RowsOfTable(wide)),
+    ):
+        with pytest.raises(VocabularyMismatchError, match="cannot be truncated: how much of the mass"):
+            pipeline(tmp_path / name, teacher=teacher, batches=numbered(), vocabulary="truncate").execute()

@@ -11,6 +11,7 @@ import kdcore
 from kdcore.errors import DomainError, MissingRowError, ShapeError
 from kdcore.runfile import pipeline_from_toml
 from kdcore.store.manifest import write_manifest
+from kdcore.teachers.base import answers_per_position
 
 VOCAB = 50
 SEQUENCES = [np.array([3, 1, 4]), np.array([1, 5]), np.array([9, 2, 6, 5])]
@@ -80,6 +81,40 @@ def test_rows_of_a_sparse_store(tmp_path, logits, options):
         teacher.rows_for_batch([[0]], 1.0)
 
 
+@pytest.mark.parametrize("tail", ["bucket", "zero"])
+def test_steps_ask_a_sparse_store_for_its_rows(tmp_path, logits, tail):
+    path = write(tmp_path / "t.h5", logits, k=5)
+    rng = np.random.default_rng(3)
+    student = [rng.normal(size=(ids.size, VOCAB)) for ids in SEQUENCES]
+    labels = [ids % 7 for ids in SEQUENCES]
+    rows = kdcore.LogitStore(path).read(slice(None), 2.0)
+    with kdcore.HDF5Teacher(path, address="content") as teacher:
+        assert teacher.temperatures == (1.0, 2.0) and isinstance(teacher, kdcore.TeacherRowsProvider)
+        given = iter(student)
+        loss, gradient, mask = kdcore.kd_step_per_position(
+            teacher, SEQUENCES, labels, 2.0, 0.3, lambda _: next(given), tail=tail
+        )
+        expected = kdcore.kd_loss_and_gradient(
+            np.concatenate(student), rows, np.concatenate(labels), 2.0, 0.3, tail=tail, reduction="sum"
+        )
+        np.testing.assert_allclose([loss], [float(expected.loss) / 9], rtol=1e-12)
+        np.testing.assert_array_equal(gradient[mask], expected.gradient)
+        given = iter(row[-1] for row in student)
+        loss, gradient = kdcore.kd_step(
+            teacher, SEQUENCES, [row[-1] for row in labels], 2.0, 0.3, lambda _: next(given), tail=tail
+        )
+        np.testing.assert_array_equal(gradient, expected.gradient[[2, 4, 8]])
+        logits, mask = answers_per_position(teacher, [[], []], 2.0)
+        assert logits.shape == mask.shape == (2, 0)
+        empty = kdcore.kd_step_per_position(teacher, [[]], [[]], 2.0, 0.3, lambda _: np.zeros((0, VOCAB)), tail=tail)
+        assert empty[0] == 0 and empty[1].shape == (1, 0, VOCAB)
+        teacher.rows_per_position = lambda ids, temperature: (rows[:8], np.ones((3, 3), bool))
+        with pytest.raises(ShapeError, match=r"a row for each of 9 positions, got the shape \(8,\)"):
+            answers_per_position(teacher, SEQUENCES, 2.0)
+        with pytest.raises(DomainError, match="temperature 3.0 is not stored"):
+            kdcore.kd_step(teacher, SEQUENCES, [1, 2, 3], 3.0, 0.3, lambda _: np.zeros(VOCAB))
+
+
 def test_a_run_from_a_store_is_that_from_the_same_logits(tmp_path):
     tokens = np.random.default_rng(1).integers(0, 16, 400)
     logits = np.random.default_rng(2).normal(size=(16, 16)).astype(np.float32)[tokens] * 3
@@ -89,14 +124,17 @@ def test_a_run_from_a_store_is_that_from_the_same_logits(tmp_path):
         writer.append(tokens, logits)
     with kdcore.LogitStore(tmp_path / "store.h5") as store:
         kdcore.save_teacher_logits(tmp_path / "dense.h5", store.read(slice(None)))
-    metrics = []
-    for name in ("store", "dense"):
+    with kdcore.LogitStoreWriter(tmp_path / "topk.h5", vocab_size=16, k=8, capacity=400) as writer:
+        writer.append(tokens, logits)
+    metrics = {}
+    for name in ("store", "dense", "topk"):
         (tmp_path / f"{name}.toml").write_text(
             f"""
             [distill]
             output_dir = "{tmp_path / name}-run"
             temperature = 2.0
             alpha = 0.3
+            tail = "{"uniform" if name == "topk" else "bucket"}"
             batch_size = 8
             epochs = 1
             [teacher]
@@ -113,5 +151,8 @@ def test_a_run_from_a_store_is_that_from_the_same_logits(tmp_path):
             sequence_length = 4
             """
         )
-        metrics.append(pipeline_from_toml(tmp_path / f"{name}.toml").execute().metrics)
-    assert metrics[0]["final_loss"] == metrics[1]["final_loss"] < metrics[0]["initial_loss"]
+        metrics[name] = pipeline_from_toml(tmp_path / f"{name}.toml").execute().metrics
+    assert metrics["store"]["final_loss"] == metrics["dense"]["final_loss"] < metrics["store"]["initial_loss"]
+    # Of the tail's classes it keeps the mass, but not which is likelier: nearly the same run, and a smaller loss.
+    assert metrics["topk"]["objective"].endswith("tail = uniform")
+    assert 0.9 < metrics["topk"]["final_loss"] / metrics["dense"]["final_loss"] < 1

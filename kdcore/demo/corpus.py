@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kdcore.errors import DomainError, MissingSourceError
 
-__all__ = ["Corpus", "load_corpus", "part_of", "positions", "source_paths"]
+__all__ = ["Corpus", "load_corpus", "part_of", "passages", "positions", "source_paths"]
 
 Part = Literal["train", "tune", "held_out"]
 
@@ -105,6 +105,30 @@ def positions(files: Sequence[bytes], count: int, seed: int, order: int) -> tupl
     window = start[:, None] + np.arange(order)
     grams = text[window]
     return np.ascontiguousarray(grams[:, :n]), np.ascontiguousarray(grams[:, n])
+
+
+def passages(
+    files: Sequence[bytes], count: int, length: int, seed: int, *, before: int, taken: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """``count`` passages of ``length`` bytes of ``files``, each with the ``before`` bytes before it and the next byte.
+
+    Returns uint8 [count, before + length + 1], drawn as :func:`positions` draws, so that budgets are nested here too. A
+    passage that was drawn before, or that is one of ``taken``, is left out: a teacher's answers are found by what the
+    passage says.
+    """
+    seen = set() if taken is None else {passage[before:-1].tobytes() for passage in taken}
+    kept: list[int] = []
+    drawn = count
+    while True:
+        contexts, following = positions(files, drawn, seed, before + length + 1)
+        for i in range(len(kept) and kept[-1] + 1, drawn):
+            content = contexts[i, before:].tobytes()
+            if content not in seen and len(kept) < count:
+                seen.add(content)
+                kept.append(i)
+        if len(kept) == count:
+            return np.concatenate([contexts, following[:, None]], axis=1)[kept]
+        drawn += count
 
 
 def _sample(total: int, count: int, seed: int) -> NDArray[np.int64]:

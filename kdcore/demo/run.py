@@ -1,8 +1,10 @@
 """The demo: a byte n-gram model of the standard library's source teaches a table of two-byte contexts.
 
-Everything goes the way of a real run: the teacher's log-probabilities are written to HDF5 and read back by
-HDF5Teacher, the students train through Pipeline and kd_step, and what is reported is measured on files that neither
-teacher, students nor learning rates have seen.
+Everything goes the way of a real run. The teacher reads passages of text, each a sequence of bytes as a language
+model's are of tokens, and what it says at every position goes into a LogitStore: the 32 likeliest bytes and the mass of
+all others, about 150 bytes a row where 256 in float16 would take 512. The students train through Pipeline at every
+position, and HDF5Teacher finds the teacher's rows by the content of the passages. What is reported is measured on files
+that neither teacher, students nor learning rates have seen.
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ from tqdm import tqdm
 from kdcore.batches import ArrayBatchSource, Batch
 from kdcore.callbacks import Callback, RunState
 from kdcore.config import DistillConfig
-from kdcore.demo.corpus import Corpus, load_corpus, positions
+from kdcore.demo.corpus import Corpus, load_corpus, passages, positions
 from kdcore.demo.ngram import WittenBellModel
 from kdcore.errors import ConfigError, MissingDependencyError
-from kdcore.hdf5 import save_teacher_logits
 from kdcore.ops import cross_entropy
 from kdcore.pipeline import Pipeline
+from kdcore.store.reader import LogitStore
+from kdcore.store.writer import LogitStoreWriter
 from kdcore.students.base import StudentLogitsProvider
 from kdcore.students.logit import LogitStudent
 from kdcore.teachers.hdf5 import HDF5Teacher
@@ -43,7 +46,13 @@ STUDENT_CONTEXT = 2
 SEED = 0
 HELD_OUT_POSITIONS = 50_000
 TUNE_POSITIONS = 10_000
-BATCH = 250
+#: Positions of a passage that are learned from. It has a byte more, its first, where a student does not see two yet.
+PASSAGE = 25
+BATCH_PASSAGES = 10
+#: Positions of a step.
+BATCH = BATCH_PASSAGES * PASSAGE
+#: Classes that are stored of each row.
+K = 32
 
 #: Data budget in positions, and the passes over it: small budgets need several.
 BUDGETS = {3_000: 12, 30_000: 4, 200_000: 1}
@@ -55,6 +64,7 @@ RATES = (0.5, 1.0, 2.0)
 STUDENTS = {"hard": 1.0, "distilled": 0.0}
 
 _REPORT = "demo.json"
+_BLOCK_PASSAGES = 256
 #: Everything that the demo leaves in its directory.
 _RESULTS = re.compile(r"demo\.json|demo\.png|teacher\.h5(\..*)?|(hard|distilled)-\d+(-rate-[\d.]+)?")
 
@@ -88,22 +98,25 @@ def run_demo(output_dir: str | Path, *, say: Callable[[str], None] = print) -> d
     say("teacher: fitting a Witten-Bell byte model of order 5 on the standard library's source")
     corpus = load_corpus()
     teacher_model = WittenBellModel.fit(list(corpus.train.values()), ORDER)
-    largest = max(BUDGETS)
-    contexts, labels = positions(list(corpus.train.values()), largest, SEED, ORDER)
-    tune_contexts, tune_labels = positions(list(corpus.tune.values()), TUNE_POSITIONS, SEED, ORDER)
+    text = _passages(corpus.train, max(BUDGETS))
+    tune_text = _passages(corpus.tune, TUNE_POSITIONS, taken=text)
     held_contexts, held_labels = _held_out(corpus)
     teacher_bits = -float(teacher_model.label_log_probs(held_contexts, held_labels).mean()) / math.log(2)
 
     path = output / "teacher.h5"
-    say(f"teacher: writing log-probabilities of {largest + TUNE_POSITIONS:,} contexts to {path}")
-    asked = np.concatenate([contexts, tune_contexts])
-    blocks = (teacher_model.log_probs(asked[i : i + 8192], np.float16) for i in range(0, len(asked), 8192))
-    save_teacher_logits(path, blocks, n_rows=len(asked), vocab_size=BYTES, dtype=np.float16)
-    del teacher_model  # from here on the teacher is the file
+    say(f"teacher: writing what it says of {len(text) + len(tune_text):,} passages to {path}")
+    write_store(path, teacher_model, np.concatenate([text, tune_text]))
+    del teacher_model  # from here on the teacher is the store
 
-    tune = Batch(tune_contexts, tune_labels.astype(np.int64), np.arange(largest, len(asked))[:, None])
+    input_ids, labels = _lessons(text)
+    tune = Batch(*_lessons(tune_text))
     curves: list[dict[str, Any]] = []
-    with HDF5Teacher(path) as teacher, tqdm(total=_total_steps(), unit="step", disable=not sys.stderr.isatty()) as bar:
+    with (
+        LogitStore(path, vocab_size=BYTES) as store,
+        HDF5Teacher(store, address="content") as teacher,
+        tqdm(total=_total_steps(), unit="step", disable=not sys.stderr.isatty()) as bar,
+    ):
+        stored = {"kind": store.kind, "k": store.header.k, "rows": len(store), "bytes": path.stat().st_size}
         for budget, epochs in BUDGETS.items():
             row: dict[str, Any] = {"positions": budget, "steps": -(-budget // BATCH) * epochs}
             for name, alpha in STUDENTS.items():
@@ -111,20 +124,16 @@ def run_demo(output_dir: str | Path, *, say: Callable[[str], None] = print) -> d
                 def train(
                     folder: Path, rate: float, size: int, alpha: float = alpha, epochs: int = epochs
                 ) -> LogitStudent:
-                    source = ArrayBatchSource(
-                        contexts[:size],
-                        labels[:size],
-                        teacher_ids=np.arange(size)[:, None],
-                        seed=SEED,
-                        held_out=tune,
-                    )
+                    chosen = slice(size // PASSAGE)
+                    source = ArrayBatchSource(input_ids[chosen], labels[chosen], seed=SEED, held_out=tune)
                     learning_rate = rate * BATCH
                     student = LogitStudent(BYTES, 0.0, learning_rate, context=STUDENT_CONTEXT)
                     config = DistillConfig(
                         output_dir=str(folder),
                         temperature=1.0,
                         alpha=alpha,
-                        batch_size=BATCH,
+                        batch_size=BATCH_PASSAGES,
+                        per_position=True,
                         epochs=epochs,
                         validate_every=epochs * size,  # beyond the last step: once at each end of the run is enough
                     )
@@ -155,6 +164,7 @@ def run_demo(output_dir: str | Path, *, say: Callable[[str], None] = print) -> d
         "uniform_bits_per_byte": math.log2(BYTES),
         "teacher_bits_per_byte": teacher_bits,
         "teacher": {"model": "interpolated Witten-Bell byte n-gram", "order": ORDER, "files": len(corpus.train)},
+        "store": stored,
         "held_out": {"files": len(corpus.held_out), "positions": HELD_OUT_POSITIONS},
         "budgets": curves,
         "seconds": time.perf_counter() - started,
@@ -172,6 +182,36 @@ def evaluate_checkpoint(path: str | Path) -> float:
     """Held-out bits per byte of a student that the demo saved."""
     student = LogitStudent.load(path)
     return _bits(student, *_held_out(load_corpus()))
+
+
+def write_store(path: Path, model: WittenBellModel, text: NDArray[np.uint8]) -> None:
+    """A store of what the model says at every byte of passages, as :func:`kdcore.demo.corpus.passages` returns them.
+
+    The model reads the ``model.order - 2`` bytes before a passage too, so that it has as many bytes at the first as at
+    all others.
+    """
+    with LogitStoreWriter(
+        path, vocab_size=BYTES, k=K, temperatures=(1.0,), capacity=len(text) * (PASSAGE + 1),
+        teacher="Witten-Bell byte model of the standard library's source",
+    ) as writer:  # fmt: skip
+        for start in range(0, len(text), _BLOCK_PASSAGES):
+            block = text[start : start + _BLOCK_PASSAGES]
+            contexts = np.lib.stride_tricks.sliding_window_view(block[:, :-1], model.order - 1, axis=1)
+            log_probs = model.log_probs(contexts.reshape(-1, model.order - 1), np.float32)
+            for passage, rows in zip(block, log_probs.reshape(*contexts.shape[:2], BYTES), strict=True):
+                writer.append(passage[model.order - 2 : -1], rows)
+
+
+def _passages(files: dict[str, bytes], count: int, taken: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    """Passages with ``count`` positions to learn from."""
+    return passages(list(files.values()), count // PASSAGE, PASSAGE + 1, SEED, before=ORDER - 2, taken=taken)
+
+
+def _lessons(text: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Passages [N, L] and the labels of their positions [N, L], the first of which does not count."""
+    labels = text[:, ORDER - 1 :].astype(np.int64)
+    labels[:, 0] = DistillConfig.ignore_index
+    return np.ascontiguousarray(text[:, ORDER - 2 : -1]), labels
 
 
 def _held_out(corpus: Corpus) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -193,11 +233,13 @@ def _best_rate(
 
     Where ``size`` is the whole budget this student is the result, and its run stays in ``folder``.
     """
+    tune_contexts = np.lib.stride_tricks.sliding_window_view(tune.input_ids, STUDENT_CONTEXT, axis=1)
+    tune_contexts, tune_labels = tune_contexts.reshape(-1, STUDENT_CONTEXT), tune.labels[:, 1:].ravel()
     best: tuple[float, float, LogitStudent] | None = None
     for rate in RATES:
         trial = folder.with_name(f"{folder.name}-rate-{rate}")
         student = train(trial, rate, size)
-        bits = _bits(student, tune.input_ids, tune.labels)
+        bits = _bits(student, tune_contexts, tune_labels)
         if best is None or bits < best[0]:
             best = bits, rate, student
             shutil.rmtree(folder, ignore_errors=True)

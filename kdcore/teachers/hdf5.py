@@ -48,7 +48,8 @@ class HDF5Teacher:
         The file, as :func:`kdcore.save_teacher_logits` or any other program wrote it. It need not be trusted:
         see :class:`kdcore.hdf5.SafeFile` for what is refused. Or a :class:`~kdcore.LogitStore`, or the path of one:
         "dense" and "hidden" stores have logits, "topk" and "sampled" ones :meth:`rows_for_batch` and
-        :meth:`rows_per_position`. By content, ids are then those of a whole sequence.
+        :meth:`rows_per_position`, which a step or a run calls by itself. By content, ids are then those of a whole
+        sequence.
     dataset : str
         The name of the dataset, of float16, float32, float64, or of uint16 with the attribute ``dtype="bfloat16"``
         (a fixed-length string).
@@ -183,6 +184,13 @@ class HDF5Teacher:
     def vocab_size(self) -> int:
         """V, the width of every logit row."""
         return self._logits.shape[1] if self._store is None else self._store.vocab_size
+
+    @property
+    def temperatures(self) -> tuple[float, ...] | None:
+        """The temperatures that the rows of a "topk" or "sampled" store can be read at; None where there are logits."""
+        if self._store is None or self._store.kind not in ("topk", "sampled"):
+            return None
+        return self._store.temperatures
 
     def __len__(self) -> int:
         """N, the number of rows in the file."""

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from kdcore.checks import integer
 from kdcore.errors import VocabularyMismatchError
 from kdcore.ops import logsumexp
-from kdcore.teachers.base import InputIds, TeacherLogitsProvider
+from kdcore.sparse import SampledRows, TopKRows
+from kdcore.teachers.base import InputIds, TeacherLogitsProvider, rows_teacher
 
 __all__ = ["TruncatingTeacher"]
 
@@ -24,7 +25,8 @@ class TruncatingTeacher:
     Parameters
     ----------
     teacher : TeacherLogitsProvider
-        Its errors pass through.
+        Its errors pass through. It must have logits: of rows without every class nothing says how much of the tail
+        would remain, and they are a :class:`~kdcore.errors.VocabularyMismatchError`.
     vocab_size : int
         V, from 1 up to the teacher's own; beyond it a :class:`~kdcore.errors.VocabularyMismatchError`.
 
@@ -46,6 +48,8 @@ class TruncatingTeacher:
             raise VocabularyMismatchError(
                 f"a teacher with {teacher.vocab_size} classes cannot be truncated to {self._vocab_size}"
             )
+        if rows_teacher(teacher) is not None:
+            raise _no_logits(f"a teacher without logits, {teacher!r},")
         self._rows = 0
         self._discarded = 0.0
 
@@ -69,13 +73,14 @@ class TruncatingTeacher:
 
     def logits_for_batch(self, input_ids: InputIds) -> NDArray[np.float32]:
         """The first V columns of the teacher's logits, [B, V]."""
-        logits = self._teacher.logits_for_batch(input_ids)
+        logits = _logits(self._teacher.logits_for_batch(input_ids))
         self._account(logits)
         return logits[..., : self._vocab_size]
 
     def logits_per_position(self, input_ids: InputIds) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """The first V columns of the teacher's logits, [B, L, V], and its mask bool [B, L]."""
         logits, mask = self._teacher.logits_per_position(input_ids)
+        logits = _logits(logits)
         self._account(logits[mask])
         return logits[..., : self._vocab_size], mask
 
@@ -87,3 +92,17 @@ class TruncatingTeacher:
         share = np.exp(logsumexp(lost[supported]) - logsumexp(logits[supported]))
         self._discarded += float(share.sum())
         self._rows += len(logits)
+
+
+def _logits(answer: Any) -> NDArray[Any]:
+    if isinstance(answer, TopKRows | SampledRows):
+        raise _no_logits(f"a teacher that returns {type(answer).__name__}")
+    logits: NDArray[Any] = answer
+    return logits
+
+
+def _no_logits(teacher: str) -> VocabularyMismatchError:
+    return VocabularyMismatchError(
+        f"{teacher} cannot be truncated: how much of the mass of what is not stored lies in the classes that remain is "
+        "not known. Store the rows again, from the teacher's logits of these classes"
+    )
