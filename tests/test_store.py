@@ -20,6 +20,7 @@ from kdcore.errors import (
     ClosedShardError,
     DeviceMismatchError,
     DeviceUnavailableError,
+    DiskFullError,
     DomainError,
     DTypeError,
     FileFormatError,
@@ -99,6 +100,18 @@ def test_topk_rows_are_the_textbooks(tmp_path, value_dtype, vocab):
             largest = np.abs(textbook(logits, 10, 1.0)[1]).max()
             np.testing.assert_allclose(rows.log_probs, log_probs, atol=2 * unit * largest / temperature + 2e-6, rtol=0)
             # What the rounding of the head does not change: all of it adds up to 1.
+            total = np.exp(rows.log_probs.astype(np.float64)).sum(axis=1) + np.exp(rows.tail_logmass.astype(np.float64))
+            np.testing.assert_allclose(total, 1, atol=1e-6)
+
+
+def test_rows_add_up_to_one_at_low_temperatures(tmp_path):
+    """Differences of quotients would not: those of log p = -8 at T = 1e-5 are off by 0.03."""
+    temperatures = (1e-6, 1e-5, 1e-3, 0.05, 1e6)
+    logits = np.random.default_rng(6).normal(size=(40, 3000)).astype(np.float32)
+    logits[20:] = np.round(logits[20:])  # many classes share the largest
+    with write(tmp_path / "t.h5", [range(40)], [logits], vocab_size=3000, k=9, temperatures=temperatures) as store:
+        for temperature in store.temperatures:
+            rows = store.read(slice(None), temperature)
             total = np.exp(rows.log_probs.astype(np.float64)).sum(axis=1) + np.exp(rows.tail_logmass.astype(np.float64))
             np.testing.assert_allclose(total, 1, atol=1e-6)
 
@@ -214,6 +227,17 @@ def test_hidden_rows(tmp_path, softcap):
         store.read(0)
 
 
+def test_logits_of_hidden_states_are_finite(tmp_path):
+    head = np.ones((5, 2), np.float32)
+    write(
+        tmp_path / "h.h5", [[1, 2]], [np.array([[1.0, 1.0], [8.0, 8.0]])], vocab_size=5, kind="hidden", head=head * 1e38
+    )
+    with kdcore.LogitStore(tmp_path / "h.h5", head=head * 1e38) as store:
+        assert np.isfinite(store.read(0)).all()
+        with pytest.raises(NonFiniteError, match=r"h.h5: the logit of class 0 from hidden states \[1\] .* is inf"):
+            store.read([0, 1])
+
+
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +284,16 @@ def test_samples_depend_on_seed_and_sequence_alone(tmp_path, teacher):
     assert (found[0].indices[0] != found[0].indices[1]).any()
 
 
+def test_more_draws_than_classes(tmp_path):
+    logits = np.array([[0.0, 1.0, 2.0, -np.inf, -1.0]], np.float32)
+    options = {"vocab_size": 5, "kind": "sampled", "head_k": 2, "draws": 20, "value_dtype": "float32"}
+    with write(tmp_path / "s.h5", [[1]], [logits], **options) as store:
+        store.verify()
+        rows = store.read(0, 2.0)
+        assert rows.k == 5 and rows.indices[0, :2].tolist() == [2, 1]
+        np.testing.assert_allclose(np.exp(rows.log_weights).sum(axis=1), 1, atol=1e-6)
+
+
 # --- finding rows ----------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +336,13 @@ def test_rows_that_are_not_there(tmp_path, teacher):
             store.read(store.rows_of(sequences[3]), input_ids=shifted)
         with pytest.raises(ShapeError, match="one token for each of 33 rows, got 32"):
             store.read(store.rows_of(sequences[3]), input_ids=sequences[3][1:])
+        with pytest.raises(DTypeError, match="input_ids must be integers"):
+            store.read(store.rows_of(sequences[3]), input_ids=sequences[3].astype(float))
+        for flags in ({"renormalize": "no"}, {"renormalize": 1}):
+            with pytest.raises(DTypeError, match="renormalize must be True or False"):
+                store.sequence(sequences[3], **flags)
+        with pytest.raises(DTypeError, match="recover must be True or False"):
+            kdcore.LogitStore(store.path, recover="no")
 
 
 def test_temperatures_that_are_not_there(tmp_path, teacher):
@@ -512,10 +553,17 @@ def test_device_arrays_without_pytorch(tmp_path, monkeypatch):
         ({"kind": "hidden"}, DomainError, "needs head"),
         ({"kind": "hidden", "head": np.ones((8, 2))}, ShapeError, r"\[9, d\]"),
         ({"kind": "hidden", "head": np.ones((9, 2), int)}, DTypeError, "floats"),
+        ({"kind": "hidden", "head": np.full((9, 2), np.nan)}, NonFiniteError, r"head\[0, 0\] is nan"),
+        ({"kind": "hidden", "head": np.full((9, 2), 1e300)}, NonFiniteError, r"head\[0, 0\] is 1e\+300"),
+        ({"kind": "hidden", "head": np.ones((9, 2)), "logit_scale": 1e300}, DomainError, "logit_scale"),
+        ({"kind": "hidden", "head": np.ones((9, 2)), "logit_softcap": 1e-60}, DomainError, "logit_softcap"),
+        ({"kind": "sampled", "draws": 1, "head_k": 10}, DomainError, "head_k must be at most 9"),
         ({"tokenizer_sha256": "abc"}, DomainError, "64 lower-case"),
         ({"teacher": 3}, DTypeError, "teacher must be a string"),
+        ({"teacher": "\ud800"}, DomainError, "teacher must be text"),
         ({"shard_index": -1}, DomainError, "shard_index"),
         ({"capacity": 2.5}, DTypeError, "capacity"),
+        ({"capacity": 2**62}, DiskFullError, "no room on disk for the 4611686018427387904 rows"),
     ],
 )
 def test_arguments_of_the_writer(tmp_path, options, error, words):

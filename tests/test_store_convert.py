@@ -104,6 +104,8 @@ def edited(folder, **changes):
         ({"s1_name": "c.h5"}, ProvenanceError, "both 'c.h5'"),
         ({"s1_name": "../c.h5"}, UnsafeFileError, "a file beside it"),
         ({"s1_name": "/etc/passwd"}, UnsafeFileError, "a file beside it"),
+        ({"s1_name": "z" * 300}, UnsafeFileError, "a file beside it"),
+        ({"s1_name": "\ud800.h5"}, UnsafeFileError, "a file beside it"),
         ({"s1_name": "z.h5"}, FileNotFoundError, "z.h5 is missing"),
         ({"s1_bytes": 5}, ChecksumError, "has 5: it was changed"),
         ({"s1_rows": -1}, FileFormatError, "'rows' of shard 1 must be a count"),

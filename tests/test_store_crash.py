@@ -6,7 +6,9 @@ import errno
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
+import h5py
 import numpy as np
 import pytest
 from processes import in_a_process
@@ -345,6 +347,39 @@ def test_a_damaged_part_is_not_resumed(tmp_path):
         kdcore.LogitStoreWriter.resume(path)
     part.write_bytes(part.read_bytes()[:1000])
     with pytest.raises(FileFormatError):
+        kdcore.LogitStoreWriter.resume(path)
+
+
+def test_a_part_without_room_for_its_sequences(tmp_path):
+    """Other arrays lie behind that for sequences, and a writer goes by where arrays begin."""
+    path, part = tmp_path / "t.h5", tmp_path / "t.h5.part"
+    with pytest.raises(RuntimeError, match="stop"), make(path) as writer:
+        writer.append(sequence(0), logits_of(sequence(0)))
+        writer.commit()
+        raise RuntimeError("stop")
+    with h5py.File(part, "r+") as file:
+        for name, size in (("seq/id", 1), ("seq/offsets", 2)):
+            data = file[name][:size]
+            del file[name]
+            file[name] = data
+    with pytest.raises(FileFormatError, match="'seq/id' has room for 1 sequences; expected 200"):
+        kdcore.LogitStoreWriter.resume(path)
+    with kdcore.LogitStore(part, recover=True) as store:
+        check(store, 1)
+
+
+def test_a_commit_with_the_largest_counter(tmp_path):
+    path, part = tmp_path / "t.h5", tmp_path / "t.h5.part"
+    writer = make(path)
+    writer.append(sequence(0), logits_of(sequence(0)))
+    writer.commit()
+    place = writer._offsets["commit"]
+    words = replace(writer._commit, counter=2**64 - 1).words(writer._header.store_uuid)
+    writer.abandon()
+    data = bytearray(part.read_bytes())
+    data[place : place + 512] = words.tobytes()
+    part.write_bytes(data)
+    with pytest.raises(FileFormatError, match="'commit' has the counter 18446744073709551615"):
         kdcore.LogitStoreWriter.resume(path)
 
 
