@@ -403,7 +403,6 @@ def test_errors_of_the_thread_that_reads_ahead(tmp_path, teacher):
     sequences, logits = teacher
     store = write(tmp_path / "t.h5", sequences, logits, vocab_size=300, k=4)
     ahead = store.shuffled(0)
-    store._shards[0].arrays["rows/values"].mapped = None  # as if the file had been taken away
     store.close()
     with pytest.raises(ValueError, match="closed"):
         list(ahead)
@@ -626,6 +625,52 @@ def test_rows_selected_elsewhere(tmp_path):
         assert writer.temperatures == (1.0,)
         with pytest.raises(DomainError, match="append_rows alone"):
             writer.append([1, 2, 3], logits)
+
+
+@pytest.mark.parametrize("vocab", [50, 65_536, 65_538])
+@pytest.mark.parametrize("wrong", [-1, 50, 2**16 + 3, 2**17 + 3, 2**32 + 3])
+def test_classes_that_are_none_are_not_cut_to_some(tmp_path, vocab, wrong):
+    rows = TopKRows.from_logits(np.random.default_rng(5).normal(size=(3, vocab)), 4)
+    indices = rows.indices.astype(np.int64)
+    indices[1, 2] = vocab if wrong == 50 else wrong
+    bad = TopKRows(indices, rows.log_probs, rows.tail_logmass, rows.n_valid, vocab)
+    with (
+        kdcore.LogitStoreWriter(tmp_path / "t.h5", vocab_size=vocab, k=4, capacity=9, temperatures=()) as writer,
+        pytest.raises(DomainError, match=rf"rows.indices\[1, 2\] is {indices[1, 2]}, not a class in \[0, {vocab}\)"),
+    ):
+        writer.append_rows([1, 2, 3], bad)
+
+
+@pytest.mark.parametrize("count", [-1, 0, 5, 2**16 + 4])
+def test_counts_that_are_none_are_not_cut_to_some(tmp_path, count):
+    rows = TopKRows.from_logits(np.random.default_rng(5).normal(size=(3, 50)), 4)
+    counts = np.array([4, 4, count])
+    bad = TopKRows(rows.indices, rows.log_probs, rows.tail_logmass, counts, 50)
+    with (
+        kdcore.LogitStoreWriter(tmp_path / "t.h5", vocab_size=50, k=4, capacity=9, temperatures=()) as writer,
+        pytest.raises(DomainError, match=rf"rows.n_valid\[2\] is {count}, not a number of entries from 1 to 4"),
+    ):
+        writer.append_rows([1, 2, 3], bad)
+
+
+@pytest.mark.parametrize("value_dtype", HALF_UNIT)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_rows_in_every_dtype(tmp_path, value_dtype, dtype):
+    rows = TopKRows.from_logits(np.random.default_rng(5).normal(size=(3, 50)), 4)
+    given = TopKRows(rows.indices, rows.log_probs.astype(dtype), rows.tail_logmass.astype(dtype), rows.n_valid, 50)
+    options = {"vocab_size": 50, "k": 4, "capacity": 3, "temperatures": (), "value_dtype": value_dtype}
+    with kdcore.LogitStoreWriter(tmp_path / "t.h5", **options) as writer:
+        if (value_dtype, dtype) == ("float32", ml_dtypes.bfloat16):
+            with pytest.raises(DomainError, match="do not add up to 1"):  # more than float32 may miss it by
+                writer.append_rows([1, 2, 3], given)
+            return
+        writer.append_rows([1, 2, 3], given)
+    with kdcore.LogitStore(tmp_path / "t.h5") as store:
+        store.verify()
+        found = store.read(slice(None))
+        np.testing.assert_array_equal(found.indices, rows.indices)
+        unit = {np.float16: 2.0**-10, ml_dtypes.bfloat16: 2.0**-7}.get(dtype, 0) + 2 * HALF_UNIT[value_dtype]
+        np.testing.assert_allclose(found.log_probs, rows.log_probs, rtol=unit)
 
 
 def test_bytes_of_a_row(tmp_path):

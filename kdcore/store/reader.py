@@ -328,6 +328,7 @@ class LogitStore:
         order = np.random.default_rng(integer(seed, "seed", least=0)).permutation(self.sequences)[part::parts]
 
         def read(number: int) -> StoredSequence:
+            self._check_open()
             i, (start, stop) = self._bounds(number)
             rows = self._decoded([(i, slice(start, stop))], temperature, renormalize)
             return StoredSequence(self._shard(i).run("rows/input_id", start, stop).copy(), rows)

@@ -469,9 +469,23 @@ class LogitStoreWriter:
         ):
             if array.shape != shape:
                 raise ShapeError(f"{name} must have the shape {shape}, got {array.shape}")
-        columns = self._topk_columns(rows.log_probs, rows.indices, rows.n_valid, tail)
+        self._check_counts(rows)
+        with np.errstate(over="ignore"):  # to -inf, which is an error below
+            log_probs = np.asarray(rows.log_probs).astype(np.float32)
+        columns = self._topk_columns(log_probs, rows.indices, rows.n_valid, tail)
         check_rows(self._header, columns, "rows", 0, DomainError)
         self._put(ids, key, columns)
+
+    def _check_counts(self, rows: TopKRows) -> None:
+        """Integers are stored in fewer bits, which would make others of those that do not fit."""
+        for name, array, low, high, words in (
+            ("indices", rows.indices, 0, self.vocab_size - 1, f"a class in [0, {self.vocab_size})"),
+            ("n_valid", rows.n_valid, 1, self._header.k, f"a number of entries from 1 to {self._header.k}"),
+        ):
+            bad = np.argwhere((array < low) | (array > high))
+            if bad.size:
+                place = tuple(bad[0].tolist())
+                raise DomainError(f"rows.{name}[{', '.join(map(str, place))}] is {array[place]}, not {words}")
 
     def _admit(self, input_ids: Any) -> tuple[NDArray[np.uint32], int]:
         """A sequence that may be appended, and its key."""
