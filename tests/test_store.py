@@ -487,7 +487,7 @@ def test_what_cannot_be_appended(tmp_path):
         with pytest.raises(VocabularyMismatchError, match="8 columns in a store of 9"):
             writer.append([3, 4], good[:, :8])
         for ids, rows in (([3], good), ([3, 4], good[0]), ([3, 4], good[None])):
-            with pytest.raises(ShapeError):
+            with pytest.raises(ShapeError, match=rf"the shape \[{len(ids)}, 9\] of {len(ids)} input_ids"):
                 writer.append(ids, rows)
         with pytest.raises(ShapeError, match="at least one token"):
             writer.append([], np.zeros((0, 9), np.float32))

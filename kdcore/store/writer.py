@@ -507,9 +507,9 @@ class LogitStoreWriter:
 
     def _check_shape(self, shape: tuple[int, ...], length: int) -> None:
         header = self._header
-        if len(shape) != 2 or shape[0] != length:
-            raise ShapeError(f"logits must have the shape [{length}, {header.k}] of {length} input_ids, got {shape}")
         width = header.k if header.kind == "hidden" else header.vocab_size
+        if len(shape) != 2 or shape[0] != length:
+            raise ShapeError(f"logits must have the shape [{length}, {width}] of {length} input_ids, got {shape}")
         if shape[1] != width:
             what = "hidden states of" if header.kind == "hidden" else "logits of"
             raise VocabularyMismatchError(
