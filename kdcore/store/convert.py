@@ -38,7 +38,7 @@ def repack(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Pa
 
     Ids are plain integers, which compress better than packed ones and every HDF5 library reads; arrays are trimmed
     to their rows, byte-shuffled and deflated. :class:`~kdcore.LogitStore` reads it, slower. All rows are checked on
-    the way.
+    the way. A target that is there already is a :class:`~kdcore.ShardExistsError`.
     """
     path = file_path(target, "target").absolute()
     if path.name.endswith(PART):

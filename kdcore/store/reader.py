@@ -57,8 +57,9 @@ class LogitStore:
     """A teacher's answers on disk: a shard, or all shards of a manifest as one. B rows of a request, V classes.
 
     Files need not be trusted (see :class:`kdcore.hdf5.SafeFile`): opening checks their structure, and the first read
-    of a block its checksum and every value. Uncompressed shards are mapped into memory. The store may be shared by
-    threads, forked and pickled (as its path; what is there under it later must be the same store).
+    of a block its checksum and every value. Uncompressed shards are mapped into memory: who shortens a file that is
+    open ends the process that reads it (SIGBUS). The store may be shared by threads, forked and pickled (as its path;
+    what is there under it later must be the same store).
 
     Parameters
     ----------
