@@ -25,6 +25,7 @@ from kdcore.errors import (
     ShardExistsError,
 )
 from kdcore.store.convert import repack
+from kdcore.store.schema import crc32_of
 
 VOCAB = 40
 #: Kills at random moments; they take some 40 milliseconds each.
@@ -348,6 +349,30 @@ def test_a_damaged_part_is_not_resumed(tmp_path):
     part.write_bytes(part.read_bytes()[:1000])
     with pytest.raises(FileFormatError):
         kdcore.LogitStoreWriter.resume(path)
+
+
+@pytest.mark.parametrize("moment", [1, 3, 5, 7, 9])
+def test_an_interrupt_leaves_nothing_of_a_sequence(tmp_path, monkeypatch, moment):
+    """Ctrl-C in a notebook, after which the same writer goes on."""
+    calls = 0
+
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == moment:
+            raise KeyboardInterrupt
+        return crc32_of(*arguments)
+
+    with make(tmp_path / "t.h5") as writer:
+        writer.append(sequence(0), logits_of(sequence(0)))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("kdcore.store.writer.crc32_of", interrupted)
+            writer.append(sequence(3), logits_of(sequence(3)))  # across the end of a block
+        assert writer.rows == 3 and sequence(3) not in writer
+        writer.append(sequence(1), logits_of(sequence(1)))
+        writer.append(sequence(2), logits_of(sequence(2)))
+    with kdcore.LogitStore(tmp_path / "t.h5") as store:
+        check(store, 3)
 
 
 def test_a_part_without_room_for_its_sequences(tmp_path):

@@ -592,16 +592,18 @@ class LogitStoreWriter:
         for column, data in zip(self._columns, columns, strict=True):
             self._write(column.name, self._rows, data)
         block_rows, start = self._header.block_rows, self._rows
+        crcs, full = list(self._open_crcs), {}  # not the writer's own, which an interrupt would leave half done
         while start < self._rows + ids.size:
             block = start // block_rows
             stop = min((block + 1) * block_rows, self._rows + ids.size)
             for c, data in enumerate(columns):
                 part = data[start - self._rows : stop - self._rows]
-                self._open_crcs[c] = crc32_of(part, self._open_crcs[c])
+                crcs[c] = crc32_of(part, crcs[c])
             if stop == (block + 1) * block_rows:
-                self._full_blocks[block] = self._open_crcs
-                self._open_crcs = [0] * len(columns)
+                full[block], crcs = crcs, [0] * len(columns)
             start = stop
+        self._open_crcs = crcs
+        self._full_blocks |= full
         self._rows += ids.size
         self._keys.add(key)
         self._new_offsets.append(self._rows)
