@@ -20,6 +20,7 @@ from kdcore.errors import (
     ClosedShardError,
     DeviceMismatchError,
     DeviceUnavailableError,
+    DiskFullError,
     DomainError,
     DTypeError,
     FileFormatError,
@@ -99,6 +100,18 @@ def test_topk_rows_are_the_textbooks(tmp_path, value_dtype, vocab):
             largest = np.abs(textbook(logits, 10, 1.0)[1]).max()
             np.testing.assert_allclose(rows.log_probs, log_probs, atol=2 * unit * largest / temperature + 2e-6, rtol=0)
             # What the rounding of the head does not change: all of it adds up to 1.
+            total = np.exp(rows.log_probs.astype(np.float64)).sum(axis=1) + np.exp(rows.tail_logmass.astype(np.float64))
+            np.testing.assert_allclose(total, 1, atol=1e-6)
+
+
+def test_rows_add_up_to_one_at_low_temperatures(tmp_path):
+    """Differences of quotients would not: those of log p = -8 at T = 1e-5 are off by 0.03."""
+    temperatures = (1e-6, 1e-5, 1e-3, 0.05, 1e6)
+    logits = np.random.default_rng(6).normal(size=(40, 3000)).astype(np.float32)
+    logits[20:] = np.round(logits[20:])  # many classes share the largest
+    with write(tmp_path / "t.h5", [range(40)], [logits], vocab_size=3000, k=9, temperatures=temperatures) as store:
+        for temperature in store.temperatures:
+            rows = store.read(slice(None), temperature)
             total = np.exp(rows.log_probs.astype(np.float64)).sum(axis=1) + np.exp(rows.tail_logmass.astype(np.float64))
             np.testing.assert_allclose(total, 1, atol=1e-6)
 
@@ -214,6 +227,17 @@ def test_hidden_rows(tmp_path, softcap):
         store.read(0)
 
 
+def test_logits_of_hidden_states_are_finite(tmp_path):
+    head = np.ones((5, 2), np.float32)
+    write(
+        tmp_path / "h.h5", [[1, 2]], [np.array([[1.0, 1.0], [8.0, 8.0]])], vocab_size=5, kind="hidden", head=head * 1e38
+    )
+    with kdcore.LogitStore(tmp_path / "h.h5", head=head * 1e38) as store:
+        assert np.isfinite(store.read(0)).all()
+        with pytest.raises(NonFiniteError, match=r"h.h5: the logit of class 0 from hidden states \[1\] .* is inf"):
+            store.read([0, 1])
+
+
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +284,16 @@ def test_samples_depend_on_seed_and_sequence_alone(tmp_path, teacher):
     assert (found[0].indices[0] != found[0].indices[1]).any()
 
 
+def test_more_draws_than_classes(tmp_path):
+    logits = np.array([[0.0, 1.0, 2.0, -np.inf, -1.0]], np.float32)
+    options = {"vocab_size": 5, "kind": "sampled", "head_k": 2, "draws": 20, "value_dtype": "float32"}
+    with write(tmp_path / "s.h5", [[1]], [logits], **options) as store:
+        store.verify()
+        rows = store.read(0, 2.0)
+        assert rows.k == 5 and rows.indices[0, :2].tolist() == [2, 1]
+        np.testing.assert_allclose(np.exp(rows.log_weights).sum(axis=1), 1, atol=1e-6)
+
+
 # --- finding rows ----------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +336,13 @@ def test_rows_that_are_not_there(tmp_path, teacher):
             store.read(store.rows_of(sequences[3]), input_ids=shifted)
         with pytest.raises(ShapeError, match="one token for each of 33 rows, got 32"):
             store.read(store.rows_of(sequences[3]), input_ids=sequences[3][1:])
+        with pytest.raises(DTypeError, match="input_ids must be integers"):
+            store.read(store.rows_of(sequences[3]), input_ids=sequences[3].astype(float))
+        for flags in ({"renormalize": "no"}, {"renormalize": 1}):
+            with pytest.raises(DTypeError, match="renormalize must be True or False"):
+                store.sequence(sequences[3], **flags)
+        with pytest.raises(DTypeError, match="recover must be True or False"):
+            kdcore.LogitStore(store.path, recover="no")
 
 
 def test_temperatures_that_are_not_there(tmp_path, teacher):
@@ -362,7 +403,6 @@ def test_errors_of_the_thread_that_reads_ahead(tmp_path, teacher):
     sequences, logits = teacher
     store = write(tmp_path / "t.h5", sequences, logits, vocab_size=300, k=4)
     ahead = store.shuffled(0)
-    store._shards[0].arrays["rows/values"].mapped = None  # as if the file had been taken away
     store.close()
     with pytest.raises(ValueError, match="closed"):
         list(ahead)
@@ -447,7 +487,7 @@ def test_what_cannot_be_appended(tmp_path):
         with pytest.raises(VocabularyMismatchError, match="8 columns in a store of 9"):
             writer.append([3, 4], good[:, :8])
         for ids, rows in (([3], good), ([3, 4], good[0]), ([3, 4], good[None])):
-            with pytest.raises(ShapeError):
+            with pytest.raises(ShapeError, match=rf"the shape \[{len(ids)}, 9\] of {len(ids)} input_ids"):
                 writer.append(ids, rows)
         with pytest.raises(ShapeError, match="at least one token"):
             writer.append([], np.zeros((0, 9), np.float32))
@@ -512,10 +552,17 @@ def test_device_arrays_without_pytorch(tmp_path, monkeypatch):
         ({"kind": "hidden"}, DomainError, "needs head"),
         ({"kind": "hidden", "head": np.ones((8, 2))}, ShapeError, r"\[9, d\]"),
         ({"kind": "hidden", "head": np.ones((9, 2), int)}, DTypeError, "floats"),
+        ({"kind": "hidden", "head": np.full((9, 2), np.nan)}, NonFiniteError, r"head\[0, 0\] is nan"),
+        ({"kind": "hidden", "head": np.full((9, 2), 1e300)}, NonFiniteError, r"head\[0, 0\] is 1e\+300"),
+        ({"kind": "hidden", "head": np.ones((9, 2)), "logit_scale": 1e300}, DomainError, "logit_scale"),
+        ({"kind": "hidden", "head": np.ones((9, 2)), "logit_softcap": 1e-60}, DomainError, "logit_softcap"),
+        ({"kind": "sampled", "draws": 1, "head_k": 10}, DomainError, "head_k must be at most 9"),
         ({"tokenizer_sha256": "abc"}, DomainError, "64 lower-case"),
         ({"teacher": 3}, DTypeError, "teacher must be a string"),
+        ({"teacher": "\ud800"}, DomainError, "teacher must be text"),
         ({"shard_index": -1}, DomainError, "shard_index"),
         ({"capacity": 2.5}, DTypeError, "capacity"),
+        ({"capacity": 2**62}, DiskFullError, "no room on disk for the 4611686018427387904 rows"),
     ],
 )
 def test_arguments_of_the_writer(tmp_path, options, error, words):
@@ -578,6 +625,52 @@ def test_rows_selected_elsewhere(tmp_path):
         assert writer.temperatures == (1.0,)
         with pytest.raises(DomainError, match="append_rows alone"):
             writer.append([1, 2, 3], logits)
+
+
+@pytest.mark.parametrize("vocab", [50, 65_536, 65_538])
+@pytest.mark.parametrize("wrong", [-1, 50, 2**16 + 3, 2**17 + 3, 2**32 + 3])
+def test_classes_that_are_none_are_not_cut_to_some(tmp_path, vocab, wrong):
+    rows = TopKRows.from_logits(np.random.default_rng(5).normal(size=(3, vocab)), 4)
+    indices = rows.indices.astype(np.int64)
+    indices[1, 2] = vocab if wrong == 50 else wrong
+    bad = TopKRows(indices, rows.log_probs, rows.tail_logmass, rows.n_valid, vocab)
+    with (
+        kdcore.LogitStoreWriter(tmp_path / "t.h5", vocab_size=vocab, k=4, capacity=9, temperatures=()) as writer,
+        pytest.raises(DomainError, match=rf"rows.indices\[1, 2\] is {indices[1, 2]}, not a class in \[0, {vocab}\)"),
+    ):
+        writer.append_rows([1, 2, 3], bad)
+
+
+@pytest.mark.parametrize("count", [-1, 0, 5, 2**16 + 4])
+def test_counts_that_are_none_are_not_cut_to_some(tmp_path, count):
+    rows = TopKRows.from_logits(np.random.default_rng(5).normal(size=(3, 50)), 4)
+    counts = np.array([4, 4, count])
+    bad = TopKRows(rows.indices, rows.log_probs, rows.tail_logmass, counts, 50)
+    with (
+        kdcore.LogitStoreWriter(tmp_path / "t.h5", vocab_size=50, k=4, capacity=9, temperatures=()) as writer,
+        pytest.raises(DomainError, match=rf"rows.n_valid\[2\] is {count}, not a number of entries from 1 to 4"),
+    ):
+        writer.append_rows([1, 2, 3], bad)
+
+
+@pytest.mark.parametrize("value_dtype", HALF_UNIT)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_rows_in_every_dtype(tmp_path, value_dtype, dtype):
+    rows = TopKRows.from_logits(np.random.default_rng(5).normal(size=(3, 50)), 4)
+    given = TopKRows(rows.indices, rows.log_probs.astype(dtype), rows.tail_logmass.astype(dtype), rows.n_valid, 50)
+    options = {"vocab_size": 50, "k": 4, "capacity": 3, "temperatures": (), "value_dtype": value_dtype}
+    with kdcore.LogitStoreWriter(tmp_path / "t.h5", **options) as writer:
+        if (value_dtype, dtype) == ("float32", ml_dtypes.bfloat16):
+            with pytest.raises(DomainError, match="do not add up to 1"):  # more than float32 may miss it by
+                writer.append_rows([1, 2, 3], given)
+            return
+        writer.append_rows([1, 2, 3], given)
+    with kdcore.LogitStore(tmp_path / "t.h5") as store:
+        store.verify()
+        found = store.read(slice(None))
+        np.testing.assert_array_equal(found.indices, rows.indices)
+        unit = {np.float16: 2.0**-10, ml_dtypes.bfloat16: 2.0**-7}.get(dtype, 0) + 2 * HALF_UNIT[value_dtype]
+        np.testing.assert_allclose(found.log_probs, rows.log_probs, rtol=unit)
 
 
 def test_bytes_of_a_row(tmp_path):

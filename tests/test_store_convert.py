@@ -23,6 +23,7 @@ from kdcore.errors import (
     MissingRowError,
     NonFiniteError,
     ProvenanceError,
+    ShardExistsError,
     UnsafeFileError,
 )
 from kdcore.store.convert import import_axolotl, import_dense, import_distillkit, repack
@@ -104,6 +105,8 @@ def edited(folder, **changes):
         ({"s1_name": "c.h5"}, ProvenanceError, "both 'c.h5'"),
         ({"s1_name": "../c.h5"}, UnsafeFileError, "a file beside it"),
         ({"s1_name": "/etc/passwd"}, UnsafeFileError, "a file beside it"),
+        ({"s1_name": "z" * 300}, UnsafeFileError, "a file beside it"),
+        ({"s1_name": "\ud800.h5"}, UnsafeFileError, "a file beside it"),
         ({"s1_name": "z.h5"}, FileNotFoundError, "z.h5 is missing"),
         ({"s1_bytes": 5}, ChecksumError, "has 5: it was changed"),
         ({"s1_rows": -1}, FileFormatError, "'rows' of shard 1 must be a count"),
@@ -219,6 +222,16 @@ def test_bytes_of_an_archived_row(tmp_path):
             logits[np.arange(512)[:, None], likely] += rng.normal(8, 3, (512, 6)).astype(np.float32)
             writer.append((vocab * rng.random(512) ** 3).astype(np.uint32), logits)
     assert repack(tmp_path / "t.h5", tmp_path / "a.h5").stat().st_size / rows < 180
+
+
+def test_an_archive_replaces_nothing(tmp_path):
+    path, other = shard(tmp_path / "t.h5", 0), shard(tmp_path / "u.h5", 1)
+    before = other.read_bytes()
+    with pytest.raises(ShardExistsError, match="u.h5 is there already"):
+        repack(path, other)
+    assert other.read_bytes() == before
+    with pytest.raises(DomainError, match="without '.part'"):
+        repack(path, tmp_path / "v.h5.part")
 
 
 def test_an_archive_of_a_damaged_shard_is_not_written(tmp_path):
@@ -359,9 +372,17 @@ def test_distillkit(tmp_path, parquet, delta):
         ({"k": 7}, "bytes"),
         ({"exact_k": 9}, "not one that is known"),
         ({"d": "many"}, "DistillKit's"),
+        ({"d": 0}, "not one that is known"),
+        ({"d": 1 << 40}, "not one that is known"),
     ):
         with pytest.raises(FileFormatError, match=words):
             import_distillkit(tmp_path / "data", tmp_path / "u.h5", config | change)
+    good, parts = columns["compressed_logprobs"][1], ([256], [-1], [0.5], [None])
+    for part in parts:
+        columns["compressed_logprobs"][1] = [[*row[:-1], *part] for row in good]
+        parquet(tmp_path / "data" / "data_0.parquet", columns)
+        with pytest.raises(FileFormatError, match="'compressed_logprobs' must be"):
+            import_distillkit(tmp_path / "data", tmp_path / "u.h5", config)
     columns["compressed_logprobs"][1] = np.zeros((2, len(columns["compressed_logprobs"][1][0])), int).tolist()
     parquet(tmp_path / "data" / "data_0.parquet", columns)
     with pytest.raises(FileFormatError, match=r"row 0 holds 6.0000 of the probability") as caught:
@@ -412,6 +433,41 @@ def test_axolotl_with_prompts_that_were_not_asked_for(tmp_path, parquet):
     with kdcore.LogitStore(target) as store:
         assert store.sequences == 1
         np.testing.assert_array_equal(store.sequence([1, 2, 3]).n_valid, K)
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "words"),
+    [
+        ({"target_token_ids": [[[4, 2**32 + 5]] * 3]}, DomainError, r"rows.indices\[0, 1\] is 4294967301, not a class"),
+        ({"target_token_ids": [[[-1, 5]] * 3]}, DomainError, r"rows.indices\[0, 0\] is -1, not a class"),
+        ({"target_token_ids": [[[4.7, 5.2]] * 3]}, FileFormatError, "ids of entry 0 must be integers, .* float64"),
+        ({"target_token_ids": [[[4, None]] * 3]}, FileFormatError, "row 0: ids of entry 0 must be integers"),
+        ({"input_ids": [[1.5, 2.0, 3.0]]}, FileFormatError, "row 0: 'input_ids' must be integers, .* float64"),
+        ({"input_ids": ["abc"]}, FileFormatError, "row 0: 'input_ids' must be integers"),
+        ({"target_logprobs": [[["a", "b"]] * 3]}, FileFormatError, "log-probabilities of entry 0 must be numbers"),
+        ({"target_logprobs": [[[-1.0, None]] * 3]}, NonFiniteError, "row 0, entry 1 is nan"),
+    ],
+)  # fmt: skip
+def test_axolotl_columns_that_are_not(tmp_path, parquet, columns, error, words):
+    good = {"input_ids": [[1, 2, 3]], "target_token_ids": [[[4, 5]] * 3], "target_logprobs": [[[-1.0, -2.0]] * 3]}
+    parquet(tmp_path / "a.parquet", good | columns)
+    for skip in (False, True):
+        with pytest.raises(error, match=words):
+            import_axolotl(tmp_path / "a.parquet", tmp_path / f"{skip}.h5", vocab_size=VOCAB, skip_incomplete=skip)
+
+
+def test_entries_of_axolotl_that_are_not(tmp_path, parquet):
+    for entry, words in (
+        ({"token": "token_id:" + "9" * 30, "logprob": -1.0}, "ids of entry 0 must be integers"),
+        ({"token": "token_id:4"}, "entry 0 is nan"),
+        ({"logprob": -1.0}, "must be like"),
+    ):
+        parquet(tmp_path / "a.parquet", {"input_ids": [[1, 2, 3]], "logprobs": [[[entry]] * 3]})
+        with pytest.raises((FileFormatError, NonFiniteError), match=words):
+            import_axolotl(tmp_path / "a.parquet", tmp_path / "t.h5", vocab_size=VOCAB)
+        (tmp_path / "t.h5.part").unlink(missing_ok=True)
+    with pytest.raises(DomainError, match="k must be an integer of at least 1, got -1"):
+        import_axolotl(tmp_path / "a.parquet", tmp_path / "t.h5", vocab_size=VOCAB, k=-1)
 
 
 def test_parquet_needs_its_extra(tmp_path, monkeypatch):

@@ -6,7 +6,9 @@ import errno
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
+import h5py
 import numpy as np
 import pytest
 from processes import in_a_process
@@ -23,6 +25,7 @@ from kdcore.errors import (
     ShardExistsError,
 )
 from kdcore.store.convert import repack
+from kdcore.store.schema import crc32_of
 
 VOCAB = 40
 #: Kills at random moments; they take some 40 milliseconds each.
@@ -345,6 +348,63 @@ def test_a_damaged_part_is_not_resumed(tmp_path):
         kdcore.LogitStoreWriter.resume(path)
     part.write_bytes(part.read_bytes()[:1000])
     with pytest.raises(FileFormatError):
+        kdcore.LogitStoreWriter.resume(path)
+
+
+@pytest.mark.parametrize("moment", [1, 3, 5, 7, 9])
+def test_an_interrupt_leaves_nothing_of_a_sequence(tmp_path, monkeypatch, moment):
+    """Ctrl-C in a notebook, after which the same writer goes on."""
+    calls = 0
+
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == moment:
+            raise KeyboardInterrupt
+        return crc32_of(*arguments)
+
+    with make(tmp_path / "t.h5") as writer:
+        writer.append(sequence(0), logits_of(sequence(0)))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("kdcore.store.writer.crc32_of", interrupted)
+            writer.append(sequence(3), logits_of(sequence(3)))  # across the end of a block
+        assert writer.rows == 3 and sequence(3) not in writer
+        writer.append(sequence(1), logits_of(sequence(1)))
+        writer.append(sequence(2), logits_of(sequence(2)))
+    with kdcore.LogitStore(tmp_path / "t.h5") as store:
+        check(store, 3)
+
+
+def test_a_part_without_room_for_its_sequences(tmp_path):
+    """Other arrays lie behind that for sequences, and a writer goes by where arrays begin."""
+    path, part = tmp_path / "t.h5", tmp_path / "t.h5.part"
+    with pytest.raises(RuntimeError, match="stop"), make(path) as writer:
+        writer.append(sequence(0), logits_of(sequence(0)))
+        writer.commit()
+        raise RuntimeError("stop")
+    with h5py.File(part, "r+") as file:
+        for name, size in (("seq/id", 1), ("seq/offsets", 2)):
+            data = file[name][:size]
+            del file[name]
+            file[name] = data
+    with pytest.raises(FileFormatError, match="'seq/id' has room for 1 sequences; expected 200"):
+        kdcore.LogitStoreWriter.resume(path)
+    with kdcore.LogitStore(part, recover=True) as store:
+        check(store, 1)
+
+
+def test_a_commit_with_the_largest_counter(tmp_path):
+    path, part = tmp_path / "t.h5", tmp_path / "t.h5.part"
+    writer = make(path)
+    writer.append(sequence(0), logits_of(sequence(0)))
+    writer.commit()
+    place = writer._offsets["commit"]
+    words = replace(writer._commit, counter=2**64 - 1).words(writer._header.store_uuid)
+    writer.abandon()
+    data = bytearray(part.read_bytes())
+    data[place : place + 512] = words.tobytes()
+    part.write_bytes(data)
+    with pytest.raises(FileFormatError, match="'commit' has the counter 18446744073709551615"):
         kdcore.LogitStoreWriter.resume(path)
 
 

@@ -168,8 +168,9 @@ def _kernels(sources):
         """out [B, k] = log p at a temperature, from log p at 1 and the tail's log-mass at that temperature.
 
         log p_T = log p / T - log Σ_head p^(1/T) + log(1 - tail mass): the head gets what the tail leaves, whatever the
-        rounding of the values. ``sums`` is scratch of a
-        vector's length, of positive numbers.
+        rounding of the values. Values are taken relative to the largest before they are divided: at a low
+        temperature the difference of the quotients would have no digits left. ``sums`` is scratch of a vector's
+        length, of positive numbers.
         """
         _ = sources
         values, tail, sums, out = borrowed(values), borrowed(tail), borrowed(sums), borrowed(out)
@@ -190,11 +191,12 @@ def _kernels(sources):
             store(sums, 0, log(load(sums, 0, like)) - log(kept))
             for i in range(count):
                 x, y = values[(first + i) * k : (first + i + 1) * k], out[first + i]
-                shift = np.float32(to_real(x[0])) * inverse + sums[i]
+                top, log_sum = np.float32(to_real(x[0])), sums[i]
                 for v in range(0, whole, lanes):
-                    store(y, v, load(x, v, like) * inverse - shift)
+                    store(y, v, (load(x, v, like) - top) * inverse - log_sum)
                 if whole < k:
-                    store_part(y, whole, k - whole, load_part(x, whole, k - whole, -math.inf, like) * inverse - shift)
+                    rest = load_part(x, whole, k - whole, -math.inf, like)
+                    store_part(y, whole, k - whole, (rest - top) * inverse - log_sum)
 
     @njit(nogil=True, cache=True)
     def check_kernel(values, ids, n_valid, tail, temperatures, vocab_size, tolerance, unit, seen):

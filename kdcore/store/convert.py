@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcore.checks import file_path, integer
-from kdcore.errors import DomainError, FileFormatError, MissingDependencyError, NonFiniteError
+from kdcore.checks import as_int64, file_path, integer
+from kdcore.errors import DomainError, FileFormatError, MissingDependencyError, NonFiniteError, ShardExistsError
 from kdcore.hdf5 import FLOATS, INTEGERS, SafeFile, widen_logit_rows, write_compressed
 from kdcore.sparse import TopKRows
 from kdcore.store.encoding import ids_of
-from kdcore.store.schema import Commit, crc32_of
+from kdcore.store.schema import PART, Commit, crc32_of
 from kdcore.store.shard import Shard
 from kdcore.store.writer import LogitStoreWriter
 
@@ -38,12 +38,16 @@ def repack(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Pa
 
     Ids are plain integers, which compress better than packed ones and every HDF5 library reads; arrays are trimmed
     to their rows, byte-shuffled and deflated. :class:`~kdcore.LogitStore` reads it, slower. All rows are checked on
-    the way.
+    the way. A target that is there already is a :class:`~kdcore.ShardExistsError`.
     """
     path = file_path(target, "target").absolute()
+    if path.name.endswith(PART):
+        raise DomainError(f"target must be the name of a finished shard, without {PART!r}, got {str(target)!r}")
     with Shard(source) as shard:
         if path == shard.path:
             raise DomainError(f"target must be another file than the source, got {path} for both")
+        if path.exists():
+            raise ShardExistsError(f"{path} is there already")
         old = shard.header
         blocks = old.block_rows if old.kind in ("dense", "hidden") else _CHUNK_ROWS
         encoding = old.index_encoding if old.index_encoding != "packed" else "uint32"
@@ -222,14 +226,17 @@ def import_axolotl(
     ``skip_incomplete``: a store has an answer to every token of a sequence.
     """
 
+    vocab_size = integer(vocab_size, "vocab_size", least=1)
+    k = integer(k, "k", least=1)
+
     def sequences() -> Iterator[_Sequence]:
         for where, tokens, ids, values in _axolotl_rows(source):
             count = len(values)
             offset = len(tokens) - count  # entries belong to the last tokens
             if offset < 0:
                 raise FileFormatError(f"{where}: {count} entries for {len(tokens)} input_ids")
-            rows = [(i, v) for i, v in zip(ids, values, strict=True)][1 if offset == 0 else 0 :]
-            given = [bool(v is not None and len(v) and np.max(np.asarray(v, np.float64)) > -np.inf) for _, v in rows]
+            rows = list(zip(ids, values, strict=True))[1 if offset == 0 else 0 :]
+            given = [not (row == -np.inf).all() for _, row in rows]
             if offset > 1 or not all(given):
                 if skip_incomplete:
                     continue
@@ -237,10 +244,9 @@ def import_axolotl(
                 raise FileFormatError(
                     f"{where}: token {missing} has no entries: use skip_incomplete, or the whole prompt"
                 )
-            indices = np.zeros((len(rows), k), np.int32)
+            indices = np.zeros((len(rows), k), np.int64)
             log_probs = np.full((len(rows), k), -np.inf, np.float32)
-            for r, (row_ids, row_values) in enumerate(rows):
-                row, classes = np.asarray(row_values, np.float64), np.asarray(row_ids, np.int64)
+            for r, (classes, row) in enumerate(rows):
                 if row.shape != classes.shape:
                     raise FileFormatError(f"{where}: entry {r} has {classes.size} ids and {row.size} log-probabilities")
                 best = np.argsort(-row, kind="stable")[:k]
@@ -248,7 +254,7 @@ def import_axolotl(
             if len(rows):
                 yield _Sequence(where, tokens[: len(rows)], indices, log_probs)
 
-    return _write_derived(target, sequences, integer(vocab_size, "vocab_size", least=1), min(k, vocab_size), options)
+    return _write_derived(target, sequences, vocab_size, min(k, vocab_size), options)
 
 
 @dataclass
@@ -257,7 +263,7 @@ class _Sequence:
 
     where: str
     tokens: NDArray[Any]
-    indices: NDArray[np.int32]
+    indices: NDArray[np.int64]
     log_probs: NDArray[np.float32]
 
 
@@ -286,7 +292,7 @@ def _derived(sequence: _Sequence, k: int, vocab_size: int) -> TopKRows:
         raise NonFiniteError(f"row {row}, entry {column} is nan: log-probabilities must be numbers")
     order = np.argsort(-values, axis=1, kind="stable")[:, :k]
     values = np.take_along_axis(values, order, 1)
-    indices = np.where(values > -np.inf, np.take_along_axis(sequence.indices, order, 1), 0).astype(np.int32)
+    indices = np.where(values > -np.inf, np.take_along_axis(sequence.indices, order, 1), 0)
     head = np.exp(values).sum(axis=1)
     over = np.flatnonzero(head > 1 + _OVER_ONE)
     if over.size:
@@ -337,19 +343,43 @@ def _parquet(
         columns = [_column(batch, name, path) for name in names]
         for i in range(batch.num_rows):
             where = f"{path}, row {first + i}"
-            tokens = np.array(columns[0][i].as_py() or [], np.int64)
+            tokens = _integers(columns[0][i].as_py() or [], f"{where}: {names[0]!r}")
             arrays = []
             for name, column in zip(names[1:], columns[1:], strict=True):
-                rows = column[i].as_py() or []
-                if len({len(row) for row in rows}) > 1 or len(rows) > tokens.size:
+                rows = [_integers(row or [], f"{where}: {name!r}") for row in column[i].as_py() or []]
+                if len({row.size for row in rows}) > 1 or len(rows) > tokens.size:
                     raise FileFormatError(f"{where}: {name!r} has rows of different sizes, or more than input_ids")
-                arrays.append(np.array(rows, np.uint8).reshape(len(rows), -1))
+                octets = np.array(rows, np.int64).reshape(len(rows), -1)
+                if ((octets < 0) | (octets > 255)).any():
+                    raise FileFormatError(f"{where}: {name!r} must be bytes, got {octets.min()} to {octets.max()}")
+                arrays.append(octets.astype(np.uint8))
             if len(arrays[0]) != len(arrays[1]):
                 raise FileFormatError(f"{where}: {names[1]!r} has {len(arrays[0])} rows, {names[2]!r} {len(arrays[1])}")
             yield where, (tokens, arrays[0], arrays[1])
 
 
-def _axolotl_rows(source: str | os.PathLike[str]) -> Iterator[tuple[str, NDArray[Any], list[Any], list[Any]]]:
+def _integers(values: Any, what: str) -> NDArray[np.int64]:
+    """Integers of a Parquet file; nothing is rounded to one."""
+    array = np.asarray(values)
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise FileFormatError(f"{what} must be integers, got {array.ndim} dimensions of {array.dtype}")
+    return as_int64(array, what)
+
+
+def _numbers(values: Any, what: str) -> NDArray[np.float64]:
+    try:
+        array = np.array(values, np.float64)
+    except (TypeError, ValueError):
+        raise FileFormatError(f"{what} must be numbers, got {values!r:.60}") from None
+    return array.reshape(-1)
+
+
+def _axolotl_rows(
+    source: str | os.PathLike[str],
+) -> Iterator[tuple[str, NDArray[np.int64], list[NDArray[np.int64]], list[NDArray[np.float64]]]]:
+    """(where, tokens, classes of each entry, their log-probabilities) of each sequence."""
     for path, first, batch in _batches(source):
         tokens = _column(batch, "input_ids", path)
         split = "target_token_ids" in batch.schema.names
@@ -360,14 +390,19 @@ def _axolotl_rows(source: str | os.PathLike[str]) -> Iterator[tuple[str, NDArray
             entries, classes = values[i].as_py() or [], ids[i].as_py() or []
             if not split:
                 classes = [None if row is None else [_token_id(entry, where) for entry in row] for row in entries]
-                entries = [None if row is None else [entry["logprob"] for entry in row] for row in entries]
+                entries = [None if row is None else [entry.get("logprob") for entry in row] for row in entries]
             if len(entries) != len(classes):
                 raise FileFormatError(f"{where}: {len(classes)} rows of ids, {len(entries)} of log-probabilities")
-            yield where, np.array(tokens[i].as_py() or [], np.int64), classes, entries
+            yield (
+                where,
+                _integers(tokens[i].as_py() or [], f"{where}: 'input_ids'"),
+                [_integers(row or [], f"{where}: ids of entry {e}") for e, row in enumerate(classes)],
+                [_numbers(row or [], f"{where}: log-probabilities of entry {e}") for e, row in enumerate(entries)],
+            )
 
 
 def _token_id(entry: Any, where: str) -> int:
-    prefix, _, digits = str(entry.get("token") if isinstance(entry, dict) else entry).partition(":")
+    prefix, _, digits = str(entry.get("token") if isinstance(entry, dict) else None).partition(":")
     if prefix != "token_id" or not digits.isdecimal():
         raise FileFormatError(f"{where}: the token of an entry must be like 'token_id:17', got {entry!r}")
     return int(digits)
@@ -419,7 +454,8 @@ class _DistillKit:
         terms = all(term in ("sqrt", "exp") or type(term) is int for term in layout.polynomial_terms)
         bins = sum(count for _, _, count in layout.residual_bins)
         if (
-            not 1 <= layout.k <= 65_535
+            not 1 <= layout.d <= 1 << 31
+            or not 1 <= layout.k <= 65_535
             or not 0 <= layout.exact_k <= layout.k
             or bins > layout.k - layout.exact_k
             or not dtypes <= _TERM_DTYPES.keys()
@@ -429,10 +465,10 @@ class _DistillKit:
             raise FileFormatError(f"the compression config is not one that is known here: {values!r}")
         return layout
 
-    def indices(self, packed: NDArray[np.uint8], where: str) -> NDArray[np.int32]:
+    def indices(self, packed: NDArray[np.uint8], where: str) -> NDArray[np.int64]:
         # As DistillKit computes it, in float32.
         bits = int(np.ceil(np.log2(np.float32(self.d))))
-        return _big_endian(packed, bits, self.k, where).astype(np.int32)
+        return _big_endian(packed, bits, self.k, where)
 
     def log_probs(self, data: NDArray[np.uint8], where: str) -> NDArray[np.float32]:
         at = 0

@@ -9,11 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcore.cpu.stored import pack_ids, unpack_ids
-from kdcore.errors import DomainError, DTypeError, ShapeError
+from kdcore.errors import DomainError, DTypeError, NonFiniteError, ShapeError
 from kdcore.hdf5 import widen_logit_rows
 from kdcore.store.schema import Header
 
 __all__ = ["as_head", "encode_ids", "encode_values", "float32_of", "head_fingerprint", "ids_of", "values_of"]
+
+#: Rows of an output layer that are looked at a time.
+_ROWS = 8192
 
 
 def encode_values(values: NDArray[np.float32], value_dtype: str, name: str) -> NDArray[Any]:
@@ -85,4 +88,10 @@ def as_head(head: Any, vocab_size: int) -> NDArray[Any]:
         raise DTypeError(f"head must be floats, got dtype {array.dtype}")
     if array.ndim != 2 or array.shape[0] != vocab_size or array.shape[1] == 0:
         raise ShapeError(f"head must have the shape [{vocab_size}, d], got {array.shape}")
+    for start in range(0, vocab_size, _ROWS):
+        with np.errstate(over="ignore"):
+            bad = np.argwhere(~np.isfinite(array[start : start + _ROWS].astype(np.float32)))
+        if bad.size:
+            row, column = start + bad[0, 0], bad[0, 1]
+            raise NonFiniteError(f"head[{row}, {column}] is {array[row, column]}: it must be finite in float32")
     return array

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,8 @@ _FORMAT = "kdcore.logitstore.manifest"
 _VERSION = 1
 #: More than a manifest of a million shards.
 _MOST_BYTES = 1 << 30
+#: Bytes of a file's name, on every common file system.
+_LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,12 @@ def _replace(path: Path, text: str) -> Path:
 
 def _local(name: Any, source: Any) -> str:
     """A file name beside the manifest, and nothing else."""
-    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+    if (
+        not isinstance(name, str)
+        or name in ("", ".", "..")
+        or re.search("[/\\\\\0\ud800-\udfff]", name)  # surrogates are no text
+        or len(name.encode()) > _LONGEST_NAME
+    ):
         raise UnsafeFileError(f"{source}: a shard must be a file beside it, got {name!r}")
     return name
 

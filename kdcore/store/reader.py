@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcore.arguments import as_temperature
-from kdcore.checks import as_int64, file_path, integer
+from kdcore.checks import as_int64, file_path, flag, integer
 from kdcore.cpu.stored import decode_rows
 from kdcore.errors import (
     DomainError,
@@ -23,6 +23,7 @@ from kdcore.errors import (
     KdcoreError,
     MisalignedRowsError,
     MissingRowError,
+    NonFiniteError,
     ProvenanceError,
     ShapeError,
     VocabularyMismatchError,
@@ -56,8 +57,9 @@ class LogitStore:
     """A teacher's answers on disk: a shard, or all shards of a manifest as one. B rows of a request, V classes.
 
     Files need not be trusted (see :class:`kdcore.hdf5.SafeFile`): opening checks their structure, and the first read
-    of a block its checksum and every value. Uncompressed shards are mapped into memory. The store may be shared by
-    threads, forked and pickled (as its path; what is there under it later must be the same store).
+    of a block its checksum and every value. Uncompressed shards are mapped into memory: who shortens a file that is
+    open ends the process that reads it (SIGBUS). The store may be shared by threads, forked and pickled (as its path;
+    what is there under it later must be the same store).
 
     Parameters
     ----------
@@ -105,7 +107,7 @@ class LogitStore:
     ) -> None:
         self.path: Path = file_path(path, "path").absolute()
         self._options = {
-            "recover": recover,
+            "recover": flag(recover, "recover"),
             "head": head,
             "vocab_size": vocab_size,
             "tokenizer_sha256": tokenizer_sha256,
@@ -327,6 +329,7 @@ class LogitStore:
         order = np.random.default_rng(integer(seed, "seed", least=0)).permutation(self.sequences)[part::parts]
 
         def read(number: int) -> StoredSequence:
+            self._check_open()
             i, (start, stop) = self._bounds(number)
             rows = self._decoded([(i, slice(start, stop))], temperature, renormalize)
             return StoredSequence(self._shard(i).run("rows/input_id", start, stop).copy(), rows)
@@ -404,6 +407,7 @@ class LogitStore:
     def _check_alignment(self, runs: list[tuple[int, Any]], input_ids: Any) -> None:
         stored = np.concatenate([_column(self._shard(i), "rows/input_id", numbers) for i, numbers in runs])
         given = np.asarray(input_ids).reshape(-1)
+        given = as_int64(given, "input_ids") if given.size else given
         if given.shape != stored.shape:
             raise ShapeError(f"input_ids must have one token for each of {stored.size} rows, got {given.size}")
         wrong = np.flatnonzero(stored != given)
@@ -419,7 +423,7 @@ class LogitStore:
     def _temperature_slot(self, temperature: Any, renormalize: bool) -> tuple[float, int]:
         """The temperature, and its place among those that are stored."""
         number = as_temperature(temperature)
-        if renormalize and self.kind != "topk":
+        if flag(renormalize, "renormalize") and self.kind != "topk":
             raise DomainError(f"renormalize=True is for a store of kind 'topk', and this is {self.kind!r}")
         if self.kind in ("dense", "hidden") or renormalize:
             return number, 0
@@ -482,12 +486,19 @@ class LogitStore:
         logits = np.empty((len(states), self.vocab_size), np.float32)
         for start in range(0, self.vocab_size, _HEAD_BLOCK):
             block = logits[:, start : start + _HEAD_BLOCK]
-            block[...] = states @ self._head[start : start + _HEAD_BLOCK].astype(np.float32).T
-            block *= scale
-            if cap > 0:
-                block /= cap
-                np.tanh(block, out=block)
-                block *= cap
+            with np.errstate(over="ignore", invalid="ignore"):  # overflow is looked for, or is what tanh bounds
+                block[...] = states @ self._head[start : start + _HEAD_BLOCK].astype(np.float32).T
+                block *= scale
+                if not np.isfinite(block).all():
+                    row, column = np.argwhere(~np.isfinite(block))[0].tolist()
+                    raise NonFiniteError(
+                        f"{self.path}: the logit of class {start + column} from hidden states [{row}] of those asked "
+                        f"for is {block[row, column]}: the head and logit_scale take it beyond float32"
+                    )
+                if cap > 0:
+                    block /= cap
+                    np.tanh(block, out=block)
+                    block *= cap
         return logits
 
 

@@ -69,6 +69,8 @@ _ALIGNMENT = "row t predicts token t+1"
 MAX_K, MAX_VOCABULARY, MAX_TEMPERATURES = 65_535, 1 << 31, 64
 #: Outside, exponentials of the kernels are no longer accurate.
 TEMPERATURES = 1e-6, 1e6
+#: Of the logits of hidden states, which are made in float32.
+SCALES = 1e-30, 1e30
 #: A block is checked when its first row is read: so large that this is rare, and small beside what is read anyway.
 _BLOCK_BYTES, _BLOCK_ROWS = 1 << 18, 1024
 
@@ -261,8 +263,9 @@ def check_header(header: Header) -> None:
     for name in ("head_sha256", "tokenizer_sha256", "corpus_sha256"):
         if not _SHA256.fullmatch(getattr(header, name)):
             raise DomainError(f"{name!r} must be 64 hexadecimal digits or nothing, got {getattr(header, name)!r}")
-    positive_number(header.logit_scale, "logit_scale")
-    number_in(header.logit_softcap, "logit_softcap", 0, 1e30)
+    number_in(header.logit_scale, "logit_scale", *SCALES)
+    if header.logit_softcap != 0:
+        number_in(header.logit_softcap, "logit_softcap", *SCALES)
     if as_temperatures(header.temperatures) != header.temperatures:
         raise DomainError(f"'temperatures' must begin with 1 and ascend from there, got {header.temperatures}")
 
@@ -284,7 +287,8 @@ def check_header(header: Header) -> None:
     if header.kind == "dense":
         agree("k", header.vocab_size, "dense rows")
     if header.kind == "sampled":
-        agree("k", header.head_k + header.draws, f"{header.head_k} exact classes and {header.draws} draws")
+        width = min(header.head_k + header.draws, header.vocab_size)
+        agree("k", width, f"{header.head_k} exact classes and {header.draws} draws of {header.vocab_size} classes")
         if header.draws < 1:
             raise DomainError(f"'draws' must be at least 1, got {header.draws}")
     if header.kind == "hidden" and not header.head_sha256:

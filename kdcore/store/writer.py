@@ -56,6 +56,7 @@ from kdcore.store.schema import (
     MAX_K,
     MAX_VOCABULARY,
     PART,
+    SCALES,
     VALUE_DTYPES,
     Commit,
     Header,
@@ -190,9 +191,11 @@ class LogitStoreWriter:
                 raise DomainError("kind='sampled' needs draws, the number of draws from each row")
             head_k = int(number_in(integer(head_k, "head_k"), "head_k", 0, MAX_K))
             draws = int(number_in(integer(draws, "draws"), "draws", 1, MAX_K))
-            width = head_k + draws
-            if width > MAX_K:
-                raise DomainError(f"head_k + draws must be at most {MAX_K}, got {width}")
+            if head_k > vocab_size:
+                raise DomainError(f"head_k must be at most {vocab_size} of {vocab_size} classes, got {head_k}")
+            if head_k + draws > MAX_K:
+                raise DomainError(f"head_k + draws must be at most {MAX_K}, got {head_k + draws}")
+            width = min(head_k + draws, vocab_size)  # more distinct classes there are not
         elif kind == "dense":
             width = vocab_size
         else:
@@ -221,7 +224,7 @@ class LogitStoreWriter:
             seed=integer(seed, "seed"),
             head_sha256=fingerprint,
             logit_scale=positive_number(logit_scale, "logit_scale"),
-            logit_softcap=number_in(logit_softcap, "logit_softcap", 0, 1e30),
+            logit_softcap=number_in(logit_softcap, "logit_softcap", 0, SCALES[1]),
             shard_index=integer(shard_index, "shard_index", least=0),
             store_uuid=uuid.uuid4().hex,
             writer=f"kdcore {__version__}",
@@ -338,6 +341,16 @@ class LogitStoreWriter:
             with Shard(self._part, recover=True) as shard:
                 if shard.compressed:
                     raise FileFormatError(f"{self._part} has compressed arrays, to which nothing can be appended")
+                room = shard.arrays["seq/id"].shape[0]
+                if room != shard.capacity:  # beyond its end lie other arrays
+                    raise FileFormatError(
+                        f"{self._part}: 'seq/id' has room for {room} sequences; expected {shard.capacity}, by the "
+                        "rows of 'rows/input_id'"
+                    )
+                if shard.commit.counter >= 1 << 63:
+                    raise FileFormatError(
+                        f"{self._part}: 'commit' has the counter {shard.commit.counter}, which no writer reaches"
+                    )
                 shard.check_open_block()
                 self._continue(shard)
             if self._header.finalized:  # killed between the last commit and the rename
@@ -456,9 +469,23 @@ class LogitStoreWriter:
         ):
             if array.shape != shape:
                 raise ShapeError(f"{name} must have the shape {shape}, got {array.shape}")
-        columns = self._topk_columns(rows.log_probs, rows.indices, rows.n_valid, tail)
+        self._check_counts(rows)
+        with np.errstate(over="ignore"):  # to -inf, which is an error below
+            log_probs = np.asarray(rows.log_probs).astype(np.float32)
+        columns = self._topk_columns(log_probs, rows.indices, rows.n_valid, tail)
         check_rows(self._header, columns, "rows", 0, DomainError)
         self._put(ids, key, columns)
+
+    def _check_counts(self, rows: TopKRows) -> None:
+        """Integers are stored in fewer bits, which would make others of those that do not fit."""
+        for name, array, low, high, words in (
+            ("indices", rows.indices, 0, self.vocab_size - 1, f"a class in [0, {self.vocab_size})"),
+            ("n_valid", rows.n_valid, 1, self._header.k, f"a number of entries from 1 to {self._header.k}"),
+        ):
+            bad = np.argwhere((array < low) | (array > high))
+            if bad.size:
+                place = tuple(bad[0].tolist())
+                raise DomainError(f"rows.{name}[{', '.join(map(str, place))}] is {array[place]}, not {words}")
 
     def _admit(self, input_ids: Any) -> tuple[NDArray[np.uint32], int]:
         """A sequence that may be appended, and its key."""
@@ -480,9 +507,9 @@ class LogitStoreWriter:
 
     def _check_shape(self, shape: tuple[int, ...], length: int) -> None:
         header = self._header
-        if len(shape) != 2 or shape[0] != length:
-            raise ShapeError(f"logits must have the shape [{length}, {header.k}] of {length} input_ids, got {shape}")
         width = header.k if header.kind == "hidden" else header.vocab_size
+        if len(shape) != 2 or shape[0] != length:
+            raise ShapeError(f"logits must have the shape [{length}, {width}] of {length} input_ids, got {shape}")
         if shape[1] != width:
             what = "hidden states of" if header.kind == "hidden" else "logits of"
             raise VocabularyMismatchError(
@@ -505,6 +532,7 @@ class LogitStoreWriter:
                 logits, header.head_k, header.draws, temperatures, seeds, threads
             )
             check_logits(engine, status, (length,), names)
+            log_weights, indices = log_weights[:, :, : header.k], indices[:, :, : header.k]
             flat = log_weights.reshape(length, -1)
             encoded = [encode_ids(indices[:, t], header) for t in range(len(temperatures))]
             values = encode_values(flat, header.value_dtype, "logits")
@@ -564,16 +592,18 @@ class LogitStoreWriter:
         for column, data in zip(self._columns, columns, strict=True):
             self._write(column.name, self._rows, data)
         block_rows, start = self._header.block_rows, self._rows
+        crcs, full = list(self._open_crcs), {}  # not the writer's own, which an interrupt would leave half done
         while start < self._rows + ids.size:
             block = start // block_rows
             stop = min((block + 1) * block_rows, self._rows + ids.size)
             for c, data in enumerate(columns):
                 part = data[start - self._rows : stop - self._rows]
-                self._open_crcs[c] = crc32_of(part, self._open_crcs[c])
+                crcs[c] = crc32_of(part, crcs[c])
             if stop == (block + 1) * block_rows:
-                self._full_blocks[block] = self._open_crcs
-                self._open_crcs = [0] * len(columns)
+                full[block], crcs = crcs, [0] * len(columns)
             start = stop
+        self._open_crcs = crcs
+        self._full_blocks |= full
         self._rows += ids.size
         self._keys.add(key)
         self._new_offsets.append(self._rows)
@@ -687,6 +717,8 @@ class LogitStoreWriter:
 
     def _reserve(self, size: int) -> None:
         """Have the disk set so many bytes aside: HDF5 alone would leave a hole, and the disk might be full later."""
+        if size >= 1 << 63:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self._fd, 0, size)
 
@@ -708,6 +740,10 @@ def _text(value: Any, name: str) -> str:
         raise DTypeError(f"{name} must be a string, got {value!r}")
     if "\0" in value:
         raise DomainError(f"{name} must not have a null character, got {value!r}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DomainError(f"{name} must be text, got {value!r}, which has half of a surrogate pair") from None
     return value
 
 
