@@ -191,9 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n| part | mutants | tried | killed | score | aim |\n| --- | ---: | ---: | ---: | ---: | ---: |")
     for result in results:
         share = "" if result["score"] is None else f"{result['score']:.0%}"
-        print(
-            f"| {result['part']} | {result['mutants']} | {result['tried']} | {result['killed']} | {share} | {result['aim']:.0%} |"
-        )
+        counts = f"{result['mutants']} | {result['tried']} | {result['killed']}"
+        print(f"| {result['part']} | {counts} | {share} | {result['aim']:.0%} |")
     for result in results:
         for survivor in result["survivors"]:
             print(f"survived: {survivor['module']}:{survivor['line']} {survivor['change']}: {survivor['text']}")
