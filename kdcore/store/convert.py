@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def import_dense(
                     f"{file.path}: {offsets!r} must ascend from 0 to the {logits.shape[0]} rows of {dataset!r}"
                 )
         rows = math.prod(logits.shape[:-1])
-        with LogitStoreWriter(target, vocab_size=logits.shape[-1], capacity=rows, **options) as writer:
+        with _imported(target, vocab_size=logits.shape[-1], capacity=rows, **options) as writer:
             for start, stop in zip(bounds.tolist(), bounds[1:].tolist(), strict=False):
                 block, sequence = logits.run(start, stop), ids.run(start, stop)
                 if len(logits.shape) == 3:
@@ -151,6 +152,19 @@ def import_dense(
                     writer.append(sequence, block)
                 _commit_at_times(writer)
             return writer.path
+
+
+@contextmanager
+def _imported(target: str | os.PathLike[str], **options: Any) -> Iterator[LogitStoreWriter]:
+    """The writer of an import. One that fails leaves nothing: nobody can go on with it, but it can be run again."""
+    writer = LogitStoreWriter(target, **options)
+    try:
+        yield writer
+        writer.close()
+    except BaseException:
+        writer.abandon()
+        writer.path.with_name(writer.path.name + PART).unlink(missing_ok=True)
+        raise
 
 
 def _commit_at_times(writer: LogitStoreWriter) -> None:
@@ -274,9 +288,7 @@ def _write_derived(
     rows = sum(len(sequence.tokens) for sequence in sequences())
     if rows == 0:
         raise FileFormatError(f"there is no row to be written to {target}")
-    with LogitStoreWriter(
-        target, vocab_size=vocab_size, k=k, capacity=rows, tail_source="derived", **options
-    ) as writer:
+    with _imported(target, vocab_size=vocab_size, k=k, capacity=rows, tail_source="derived", **options) as writer:
         for sequence in sequences():
             with _named(sequence.where):
                 writer.append_rows(sequence.tokens, _derived(sequence, k, vocab_size))
