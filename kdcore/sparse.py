@@ -227,8 +227,8 @@ class SampledRows(_SparseRows):
     >>> rows = kdcore.SampledRows.from_logits(np.log([[0.5, 0.1, 0.3, 0.1]]), 1000, seed=0)
     >>> weights = np.zeros(4)
     >>> weights[rows.indices[0, : rows.n_valid[0]]] = np.exp(rows.log_weights[0, : rows.n_valid[0]])
-    >>> abs(weights - [0.5, 0.1, 0.3, 0.1]).max() < 0.05
-    np.True_
+    >>> bool(abs(weights - [0.5, 0.1, 0.3, 0.1]).max() < 0.05)
+    True
     """
 
     #: int32 [..., k]: classes, each once a row.

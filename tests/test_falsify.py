@@ -745,8 +745,14 @@ def pytest_run(folder, *options):
     (folder / "pytest.ini").write_text(
         "[pytest]\naddopts = --strict-markers\nfilterwarnings = error\n", encoding="utf-8"
     )
-    command = [sys.executable, "-m", "pytest", "-p", "kdcore.testing.plugin", "-q", "-rfs", "--no-header", *options]
-    return subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
+    return alone("-q", "-rfs", "--no-header", *options, str(folder))
+
+
+def alone(*arguments):
+    """pytest with this plugin and no other, whether or not kdcore is installed."""
+    command = [sys.executable, "-m", "pytest", "-p", "kdcore.testing.plugin", *arguments]
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_plugin(tmp_path):
@@ -767,8 +773,7 @@ def test_plugin_is_idle_unless_asked(tmp_path):
     done = pytest_run(tmp_path, "-k", "other")
     assert done.returncode == 0 and "1 passed" in done.stdout
     (tmp_path / "test_mine.py").write_text("import sys\ndef test_idle(): assert 'numpy' not in sys.modules\n")
-    command = [sys.executable, "-m", "pytest", "-p", "kdcore.testing.plugin", "-p", "no:hypothesispytest", "-q"]
-    done = subprocess.run([*command, str(tmp_path / "test_mine.py")], capture_output=True, text=True, check=False)
+    done = alone("-q", str(tmp_path / "test_mine.py"))
     assert done.returncode == 0, done.stdout
 
 

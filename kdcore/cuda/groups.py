@@ -408,9 +408,10 @@ def group_kernel(parts, threads, resident):
         # Blocks mostly start about in their order: of the rows around that, labels and weights are read, by a lane
         # each, while the ticket is on its way.
         lane, _ = lane_and_warp()
-        likely = min(max(np.int64(cuda.blockIdx.x) // blocks + lane - _WARP // 2, np.int64(0)), rows - 1)
+        likely = np.int64(cuda.blockIdx.x) // blocks + lane - _WARP // 2
         number = np.int64(add(tickets, np.int32(1))) - BLANK if lane == 0 else np.int64(0)
-        weight, label = weight_at(weights, likely), label_at(labels, likely)
+        there = min(max(likely, np.int64(0)), rows - 1)
+        weight, label = weight_at(weights, there), label_at(labels, there)
         number = cuda.shfl_sync(_ALL_LANES, number, 0)
         i = number // blocks
         known = likely == i
