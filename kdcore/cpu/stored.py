@@ -319,6 +319,9 @@ def unpack_ids(packed, k, bits):
     return ids
 
 
+_ONES = np.ones(LANES[types.float32], np.float32)
+
+
 def decode_rows(values, tail, temperature):
     """Stored log-probabilities [B, k] at T = 1 as float32 at ``temperature``; ``tail`` float32 [B], at ``temperature``.
 
@@ -328,7 +331,7 @@ def decode_rows(values, tail, temperature):
     out = np.empty((rows, k), np.float32)
     if rows:
         flat = _readable(raw_bits(values.reshape(-1)))
-        decode_kernel(flat, _readable(tail), 1.0 / temperature, np.ones(LANES[types.float32], np.float32), out)
+        decode_kernel(flat, _readable(tail), 1.0 / temperature, _ONES, out)
     return out
 
 

@@ -452,9 +452,14 @@ class LogitStore:
         columns = parts[0] if len(parts) == 1 else [np.concatenate(column) for column in zip(*parts, strict=True)]
         if self.kind == "topk":
             indices, log_probs, tail, n_valid = columns
-            return TopKRows(indices, log_probs, tail, n_valid, self.vocab_size, number)
+            return TopKRows.of_arrays_that_fit(
+                indices=indices, log_probs=log_probs, tail_logmass=tail, n_valid=n_valid, vocab_size=self.vocab_size,
+                temperature=number,
+            )  # fmt: skip
         indices, log_weights, n_valid = columns
-        return SampledRows(indices, log_weights, n_valid, self.vocab_size, number)
+        return SampledRows.of_arrays_that_fit(
+            indices=indices, log_weights=log_weights, n_valid=n_valid, vocab_size=self.vocab_size, temperature=number
+        )
 
     def _part(self, shard: Shard, numbers: Any, temperature: float, slot: int, renormalize: bool) -> Any:
         header = shard.header
