@@ -510,6 +510,20 @@ def test_tokens_outside_the_vocabulary(token):
             form([[0], [token]])
 
 
+def test_a_linear_student_has_so_many_tokens_and_no_more():
+    student = LinearStudent(n_features=F, vocab_size=V)
+    assert student.logits_for_batch([[F - 1]]).shape == (1, V)
+    with pytest.raises(DomainError, match=rf"token {F} is outside"):
+        student.logits_for_batch([[F]])
+
+
+def test_what_students_begin_with():
+    linear, table = LinearStudent(n_features=F, vocab_size=V), LogitStudent(V, context=1)
+    assert (linear.learning_rate, table.learning_rate) == (0.1, 0.1)
+    assert not linear.logits_for_batch([[0]]).any() and not table.logits_for_batch([[0]]).any()
+    assert table.logits_for_batch(np.zeros((0, 1), np.int64)).shape == (0, V)
+
+
 def test_a_student_without_context_reads_no_token():
     student = LogitStudent(V, 0.5)
     assert student.logits_for_batch([[10**9], []]).tolist() == [[0.5] * V] * 2

@@ -316,7 +316,6 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(launch, "launch", record)
     monkeypatch.setattr(launch, "full", lambda shape, dtype, value, stream: device_array(dtype, *shape))
-    monkeypatch.setattr(launch, "scratch", lambda shape, dtype, stream: device_array(dtype, *shape))
     monkeypatch.setattr(plans, "_of_device", plans._SIMULATED.__getitem__)
     return calls
 

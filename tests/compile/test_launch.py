@@ -99,7 +99,6 @@ def calls(monkeypatch):
     found = []
     monkeypatch.setattr(launch, "launch", lambda kernel, *of: found.append((kernel, *of[:3], of[3:])))
     monkeypatch.setattr(launch, "full", lambda shape, dtype, value, stream: device_array(dtype, *shape))
-    monkeypatch.setattr(launch, "scratch", lambda shape, dtype, stream: device_array(dtype, *shape))
     monkeypatch.setattr(plans, "_of_device", plans._SIMULATED.__getitem__)
     monkeypatch.setattr(launch, "on_device_of", lambda stream: streams._HERE)
     return found
