@@ -61,8 +61,10 @@ __all__ = [
     "skew_forward_kl_term",
     "skew_reverse_kl_slope",
     "skew_reverse_kl_term",
+    "soft_scale",
     "softplus",
     "tail_factor",
+    "tail_shares",
     "tanh",
     "tvd_slope",
     "tvd_term",
@@ -175,6 +177,11 @@ def kd_gradient(e_h, e_q, e_p, hard, soft_q, soft_p):
     return fma(hard, e_h, soft_q * e_q - soft_p * e_p)
 
 
+def soft_scale(scale, alpha, kd_scale, temperature):
+    """What of a row's scale, weight over denominator, goes to q - p in its gradient: (1 - alpha) T² / T."""
+    return scale * (1.0 - alpha) * kd_scale / temperature
+
+
 def kd_loss(ce, kl, alpha):
     """alpha CE + (1 - alpha) T² D of one row; kl holds its T². An end point reads one term, so 0 · inf never arises."""
     if alpha == 0.0:
@@ -225,6 +232,17 @@ def outcome_term(p, log_p, log_q):
     0 log 0 = 0. +inf where q alone rules the outcome out, or NaN where p has underflowed to 0.
     """
     return where(log_p == -math.inf, 0.0, p * (log_p - log_q))
+
+
+def tail_shares(is_bucket, p_tail, z_tail, n_tail):
+    """(1 / z_tail, p_tail / n) as the tail's classes share p_tail in the gradient: one of them, the other is 0.
+
+    By their own softmax in a bucket, unless the student rules out all of them; else equally, and in all other policies,
+    of which those without a tail have p_tail = 0.
+    """
+    if is_bucket and z_tail > 0.0:
+        return 1.0 / z_tail, 0.0
+    return 0.0, (p_tail / n_tail if p_tail > 0.0 else 0.0)
 
 
 def tail_factor(mass, to_q, p_tail, to_share):

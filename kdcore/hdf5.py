@@ -41,7 +41,16 @@ from kdcore.errors import (
 )
 from kdcore.sequences import as_rows, content_key, pad_rows
 
-__all__ = ["Metadata", "SafeFile", "StoredArray", "read_arrays", "read_tensors", "save_teacher_logits", "write_arrays"]
+__all__ = [
+    "Metadata",
+    "SafeFile",
+    "StoredArray",
+    "read_arrays",
+    "read_tensors",
+    "save_teacher_logits",
+    "sync",
+    "write_arrays",
+]
 
 Metadata = Mapping[str, str | int | float | bool]
 _Scalar = TypeVar("_Scalar", str, int, float)
@@ -326,6 +335,12 @@ class SafeFile:
             parent = self._object("/".join(group)) if group else self._file
             return isinstance(parent, h5py.Group) and bool(parent.id.links.exists(last.encode()))
 
+    def _attribute(self, owner: str, name: str) -> tuple[Any, Any]:
+        """The object ``owner``, and its attribute, which is None where there is none."""
+        holder = self._file if owner == "/" else self._object(owner)
+        exists = h5py.h5a.exists(holder.id, name.encode())
+        return holder, (h5py.h5a.open(holder.id, name.encode()) if exists else None)
+
     def attribute(self, owner: str, name: str, kind: type[_Scalar]) -> _Scalar | None:
         """The attribute ``name`` of the object ``owner`` ("/" is the file), or None where there is none.
 
@@ -334,10 +349,9 @@ class SafeFile:
         """
         where = f"{self.path}: attribute {name!r} of {owner!r}"
         with self._reading(where):
-            holder = self._file if owner == "/" else self._object(owner)
-            if not h5py.h5a.exists(holder.id, name.encode()):
+            holder, attribute = self._attribute(owner, name)
+            if attribute is None:
                 return None
-            attribute = h5py.h5a.open(holder.id, name.encode())
             stored = attribute.get_type()
             size = stored.get_size()
             if stored.committed() or attribute.get_space().get_simple_extent_type() != h5py.h5s.SCALAR:
@@ -363,10 +377,9 @@ class SafeFile:
         """The attribute ``name`` of ``owner``, a vector of at most so many float64, or None where there is none."""
         where = f"{self.path}: attribute {name!r} of {owner!r}"
         with self._reading(where):
-            holder = self._file if owner == "/" else self._object(owner)
-            if not h5py.h5a.exists(holder.id, name.encode()):
+            _, attribute = self._attribute(owner, name)
+            if attribute is None:
                 return None
-            attribute = h5py.h5a.open(holder.id, name.encode())
             stored = attribute.get_type()
             if stored.committed() or _matching(stored, ("<f8",)) is None:
                 raise FileFormatError(f"{where} has the type {_type_words(stored)}; expected float64")
@@ -430,7 +443,8 @@ class StoredArray:
         return rows
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make what a file, or a directory, holds last: a rename is in the directory, which has its own place on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -486,9 +500,9 @@ def _replacing(path: str | os.PathLike[str], *, aligned: bool = True) -> Iterato
     try:
         with h5py.File(_create(temporary, aligned=aligned)) as file:
             yield file
-        _fsync(temporary)
+        sync(temporary)
         os.replace(temporary, final)
-        _fsync(final.parent)
+        sync(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

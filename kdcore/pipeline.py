@@ -37,7 +37,7 @@ from kdcore.errors import (
     ShapeError,
     VocabularyMismatchError,
 )
-from kdcore.hdf5 import read_arrays
+from kdcore.hdf5 import read_arrays, sync
 from kdcore.ops import kd_loss, kd_loss_and_gradient, kl_divergence
 from kdcore.sparse import SampledRows, TopKRows
 from kdcore.steps import counted_kd_step, kd_step_per_position
@@ -442,9 +442,9 @@ class Pipeline:
             "config": self._fingerprint(held_out),
         }
         _write_text(part / _STATE_FILE, json.dumps(saved, indent=2))
-        _sync_directory(part)
+        sync(part)
         os.replace(part, final)
-        _sync_directory(final.parent)
+        sync(final.parent)
         for old in self._checkpoints()[: -self.config.keep_checkpoints]:
             shutil.rmtree(old)
         _log.info("checkpoint %s", final)
@@ -464,7 +464,7 @@ class Pipeline:
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(part, path)
-        _sync_directory(self._output)
+        sync(self._output)
         return path
 
     def _save_student(self, path: Path, held_out: Batch) -> None:
@@ -730,12 +730,3 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    """Make a rename last: it is in the directory, which has its own place on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

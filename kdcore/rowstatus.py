@@ -8,6 +8,7 @@ __all__ = [
     "COUNT",
     "DUPLICATE",
     "LABEL",
+    "LARGEST_LOG_PROB",
     "LOG_PROB",
     "MASS",
     "MOST_MASS",
@@ -48,5 +49,7 @@ TAIL = 75  # tail_logmass is NaN or +inf
 MASS = 76  # the probabilities add up to 0, or to more than MOST_MASS
 ROOM = 77  # a tail, although every class is stored
 
+#: A log-probability beyond is not added up, since its exponential is of no use.
+LARGEST_LOG_PROB = 64.0
 #: What probabilities that are rounded to 8 bits and stored may add up to; logits or another temperature give more.
 MOST_MASS = 1.02

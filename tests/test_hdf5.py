@@ -571,7 +571,7 @@ def test_what_a_checkpoint_does_not_take(arrays, metadata, error, words, path):
     assert read_arrays(path)[1] == {"old": True}
 
 
-@pytest.mark.parametrize("failing", ["_set_text", "_fsync"])
+@pytest.mark.parametrize("failing", ["_set_text", "sync"])
 def test_failed_write_leaves_the_old_file_and_no_other(failing, path, monkeypatch):
     write_arrays(path, CHECKPOINT, {"epoch": 2})
 
@@ -600,8 +600,8 @@ def test_killed_writer_leaves_the_old_file(path, monkeypatch):
 
 def test_written_file_is_synced_before_it_is_named(path, monkeypatch):
     calls = []
-    sync, replace_name = hdf5._fsync, os.replace
-    monkeypatch.setattr(hdf5, "_fsync", lambda p: (calls.append(p), sync(p)))
+    sync, replace_name = hdf5.sync, os.replace
+    monkeypatch.setattr(hdf5, "sync", lambda p: (calls.append(p), sync(p)))
     monkeypatch.setattr(hdf5.os, "replace", lambda a, b: (calls.append("replace"), replace_name(a, b)))
     write_arrays(path, {}, {})
     assert calls[1:] == ["replace", path.parent] and calls[0].parent == path.parent

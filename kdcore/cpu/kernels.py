@@ -75,6 +75,7 @@ SOFTMAX_PHASES = ((STATES, True), (MERGE, False), (WRITE, True))
 GO, HARD, SOFT_Q, SOFT_P = range(4)
 
 _kd_loss = bind(formulas.kd_loss)
+_soft_scale = bind(formulas.soft_scale)
 
 
 @inner
@@ -195,7 +196,7 @@ def _kd_kernel(terms_block, *key, cache=True):
                     told[HARD] = scale * alpha / row[Z_H]
                     ce[i] = scale * label_loss(row, to_real(s[label]))
                 if soft:
-                    size = scale * (1.0 - alpha) * kd_scale / temperature
+                    size = _soft_scale(scale, alpha, kd_scale, temperature)
                     if fused:
                         row[D] = forward_kl_of(row, teacher_temperature)
                         told[SOFT_Q], told[SOFT_P] = size / row[Z_S], size / row[Z_T]

@@ -19,7 +19,7 @@ import numpy as np
 from numba import njit
 
 from kdcore import formulas
-from kdcore.cpu.kernels import _SOURCES, BEGIN, FINISH, MERGE, STATES, WRITE, _begin, _fill, _report_row
+from kdcore.cpu.kernels import _SOURCES, BEGIN, FINISH, MERGE, STATES, WRITE, _begin, _fill, _report_row, _soft_scale
 from kdcore.cpu.primitives import bind, exp2, inner
 from kdcore.cpu.rows import (
     _PART,
@@ -67,7 +67,19 @@ from kdcore.cpu.simd import (
 )
 from kdcore.formulas import HEADROOM
 from kdcore.objective import BUCKET, RENORMALIZE, UNIFORM
-from kdcore.rowstatus import CLASS, COUNT, DUPLICATE, LOG_PROB, MASS, MOST_MASS, OK, ROOM, STUDENT, TAIL
+from kdcore.rowstatus import (
+    CLASS,
+    COUNT,
+    DUPLICATE,
+    LARGEST_LOG_PROB,
+    LOG_PROB,
+    MASS,
+    MOST_MASS,
+    OK,
+    ROOM,
+    STUDENT,
+    TAIL,
+)
 
 __all__ = ["SINGLE_ROWS", "sparse_kd_kernel"]
 
@@ -85,9 +97,6 @@ _WORDS = BLOCK >> _WORD
 assert _WORDS == 1 << _WORD
 #: Where sums of powers begin in the scratch for parts of sums.
 _HALF = BLOCK // 2
-#: A log p beyond is not added up, since its exponential is of no use.
-_LARGEST = 64.0
-_LOG2_E = math.log2(math.e)
 #: What other classes must have of a block's sum at least, for exponentials relative to the maximum of all: an exponent
 #: is off by its rounding, which grows with it, while what counts in the tail is the share of a class in it.
 _LEAST = 2.0**-8
@@ -98,6 +107,7 @@ _shift_factor = bind(formulas.shift_factor)
 _log_softmax = bind(formulas.log_softmax)
 _outcome_term = bind(formulas.outcome_term)
 _tail_factor = bind(formulas.tail_factor)
+_tail_shares = bind(formulas.tail_shares)
 _kd_gradient = bind(formulas.kd_gradient)
 _kd_loss = bind(formulas.kd_loss)
 _log = bind(formulas.log)
@@ -137,7 +147,7 @@ def sort_single(indices, log_probs, n, label, classes, bits, words, slots, singl
         v = np.int64(indices[j])
         if not log_probs[j] < math.inf:  # NaN too
             code = LOG_PROB
-        elif log_probs[j] > _LARGEST:
+        elif log_probs[j] > LARGEST_LOG_PROB:
             code = MASS
         elif not 0 <= v < classes:
             code = CLASS
@@ -196,7 +206,7 @@ def weigh_single(of_single, count, n_stored, classes, log_tail, policy, most):
     """P of the single classes by the policy; (what is wrong with a row's probabilities, p_tail, their sum M)."""
     log_p, p = of_single[LOG_P, : padded(count, 0.0)], of_single[P]
     top, with_tail = -math.inf, policy in (BUCKET, UNIFORM)
-    _exponentials(log_p, 0.0, _LOG2_E, p)
+    _exponentials(log_p, 0.0, _rate(1.0), p)
     mass, p_tail = _total(p, log_p.size), 0.0
     for r in range(count):
         top = max(top, log_p[r])
@@ -209,7 +219,7 @@ def weigh_single(of_single, count, n_stored, classes, log_tail, policy, most):
     if not (mass + p_tail > 0.0 or top > -math.inf) or mass + p_tail > most:
         return MASS, p_tail, mass
     if policy == RENORMALIZE:
-        _exponentials(log_p, top, _LOG2_E, p)  # which may all have underflowed
+        _exponentials(log_p, top, _rate(1.0), p)  # which may all have underflowed
         mass = _total(p, log_p.size)
         log_mass, factor = top + math.log(mass), 1.0 / mass
         for r in range(count):
@@ -440,10 +450,9 @@ def finish_sparse(
         kl = math.inf  # in a row without NaN it is 0 * inf: p has underflowed where q is 0
 
     hard = scale * alpha / row[Z_H] if alpha > 0.0 else 0.0
-    soft = scale * (1.0 - alpha) * kd_scale / temperature
+    soft = _soft_scale(scale, alpha, kd_scale, temperature)
     soft_q = soft * mass / z
-    to_share = 1.0 / z_tail if policy == BUCKET and z_tail > 0.0 else 0.0
-    even = p_tail / n_tail if p_tail > 0.0 and to_share == 0.0 else 0.0
+    to_share, even = _tail_shares(policy == BUCKET, p_tail, z_tail, n_tail)
     for v in range(0, padded(count, 0.0), lanes_of(0.0)):
         h = load(e_h, v, 0.0) if alpha > 0.0 else full(0.0, 0.0)
         store(gradient, v, _kd_gradient(h, load(e, v, 0.0), load(p, v, 0.0), hard, soft_q, soft))

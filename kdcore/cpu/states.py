@@ -8,7 +8,7 @@ import math
 
 from numba import njit
 
-from kdcore.cpu.kernels import _SOURCES, _fill, _report_row
+from kdcore.cpu.kernels import _SOURCES, _fill, _report_row, _soft_scale
 from kdcore.cpu.rows import (
     COLUMNS,
     M_S,
@@ -135,7 +135,7 @@ def _kernels(sources):
             for b in range(blocks):
                 block_states(s, t, b, hard, soft, power, temperature, teacher_temperature, True, work, pads, states[b])
             row = state[i]
-            size = scale[i] * (1.0 - alpha) * kd_scale / temperature
+            size = _soft_scale(scale[i], alpha, kd_scale, temperature)
             write_row(
                 states, row, 0, blocks, power, scale[i] * alpha / row[Z_H] if hard else 0.0,
                 size / row[Z_S] if soft else 0.0, size / row[Z_T] if soft else 0.0, alpha, temperature,

@@ -51,6 +51,7 @@ _CHUNK = 1 << 15
 _LANES = 8
 
 _kd_loss = bind(formulas.kd_loss)
+_soft_scale = bind(formulas.soft_scale)
 _log_odds = bind(formulas.log_odds)
 _rate = bind(formulas.rate)
 _scaled_logit = bind(formulas.scaled_logit)
@@ -211,7 +212,7 @@ def _dkd_kernel(sources):
                 continue
             scale = (weights[i] if weights.size else 1.0) / denominator
             c, tckd, nckd, defined = _dkd_row(
-                x[i], y[i], classes, labels[i], scale * alpha, scale * (1.0 - alpha) * kd_scale / temperature,
+                x[i], y[i], classes, labels[i], scale * alpha, _soft_scale(scale, alpha, kd_scale, temperature),
                 temperature, target, nontarget, scratch,
             )  # fmt: skip
             d = (target * tckd if target > 0.0 else 0.0) + (nontarget * nckd if nontarget > 0.0 else 0.0)

@@ -24,6 +24,7 @@ from numba import cuda, float64, int64, uint32
 from kdcore import formulas
 from kdcore.cuda.distillation import questions, rebase_of, stages
 from kdcore.cuda.kernels import (
+    answer_unread,
     given,
     kernel_of,
     label_at,
@@ -96,7 +97,8 @@ __all__ = [
 #: Blocks of a row at most: two for each lane of the warp that merges them.
 MOST_BLOCKS = 64
 PUBLISHED = 8
-#: Of more blocks, what all read while they wait takes as much of the bandwidth as the rows do: they wait for a count.
+#: More blocks wait for a count. On an H200 reading records while waiting was faster than a count with 4 and 8 blocks a
+#: row, the same within 2 % with 16 and 19, and 5 and 10 % slower with 32 and 38 (benchmarks/LOG.md).
 _FEW_BLOCKS = 8
 #: What records are filled with, as int64, and tickets count from.
 BLANK = -1
@@ -446,12 +448,8 @@ def group_kernel(parts, threads, resident):
         end = min(begin + share, size)
         s, t = row_at(student, i), row_at(teacher, i)
         if integers[_MASKED] == 1 or integers[_CODE] != OK:
-            value = 0.0 if integers[_MASKED] == 1 else math.nan
-            if first and slice_ == 0:
-                write_results(results, i, value, value, value)
-                report(status, i, integers[_CODE], integers[_DETAIL])
-            if given(gradient):
-                fill_row(row_at(gradient, i), begin, end, value)
+            masked = integers[_MASKED] == 1
+            answer_unread(i, masked, integers[_CODE], integers[_DETAIL], results, status, gradient, begin, end)
             return
 
         tags = s[2], t[2]

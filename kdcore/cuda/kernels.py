@@ -46,6 +46,7 @@ from kdcore.rowstatus import LABEL, OK, STUDENT, TEACHER, UNDEFINED_GRADIENT, WE
 
 __all__ = [
     "BIAS_KERNELS",
+    "answer_unread",
     "fill_kernel",
     "given",
     "kd_kernel",
@@ -66,6 +67,7 @@ def most_threads(wide):
 
 _kd_loss = bind(formulas.kd_loss)
 _forward_kl_from_sums = bind(formulas.forward_kl_from_sums)
+_soft_scale = bind(formulas.soft_scale)
 
 
 def kernel_of(threads, blocks=1):
@@ -117,7 +119,7 @@ def write_results(results, i, loss, ce, kl):
 @device
 def shares_of(scale, alpha, kd_scale, temperature):
     """(hard, soft): what of a row's scale its gradient has of cross-entropy's softmax, and of the divergence's."""
-    return scale * alpha, scale * (1.0 - alpha) * kd_scale / temperature
+    return scale * alpha, _soft_scale(scale, alpha, kd_scale, temperature)
 
 
 @device
@@ -137,6 +139,17 @@ def masked_or_bad(labels, weights, ignore_index, label, weight, size):
     if given(labels) and not 0 <= label < size:
         return False, LABEL, label
     return False, OK, np.int64(0)
+
+
+@cuda.jit(device=True)
+def answer_unread(i, masked, code, detail, results, status, gradient, begin, end):
+    """The results of a row that is masked or cannot be worked, and its gradient from class begin on, before end."""
+    value = 0.0 if masked else math.nan
+    if cuda.threadIdx.x == 0 and begin == 0:
+        write_results(results, i, value, value, value)
+        report(status, i, code, detail)
+    if given(gradient):
+        fill_row(row_at(gradient, i), begin, end, value)
 
 
 @cuda.jit(device=True)
@@ -181,12 +194,7 @@ def kd_kernel(parts, term, slope, wide):
         weight, label = weight_at(weights, i), label_at(labels, i)
         masked, code, detail = masked_or_bad(labels, weights, ignore_index, label, weight, size)
         if masked or code != OK:
-            if first:
-                value = 0.0 if masked else math.nan
-                write_results(results, i, value, value, value)
-                report(status, i, code, detail)
-            if given(gradient):
-                fill_row(g, np.int64(0), size, 0.0 if masked else math.nan)
+            answer_unread(i, masked, code, detail, results, status, gradient, np.int64(0), size)
             return
 
         adjacent = itemsize(s[2]) == 2 or (soft and itemsize(t[2]) == 2)

@@ -17,6 +17,7 @@ from numba import cuda, float64, int32, uint32
 from kdcore import formulas
 from kdcore.cuda.distillation import Parts, questions, stages
 from kdcore.cuda.kernels import (
+    answer_unread,
     given,
     kernel_of,
     label_at,
@@ -25,6 +26,7 @@ from kdcore.cuda.kernels import (
     report,
     report_unusable,
     row_at,
+    shares_of,
     weight_at,
     write_results,
 )
@@ -44,15 +46,12 @@ from kdcore.cuda.rows import (
 )
 from kdcore.formulas import HEADROOM
 from kdcore.objective import BUCKET, RENORMALIZE, UNIFORM
-from kdcore.rowstatus import CLASS, COUNT, DUPLICATE, LOG_PROB, MASS, MOST_MASS, OK, ROOM, TAIL
+from kdcore.rowstatus import CLASS, COUNT, DUPLICATE, LARGEST_LOG_PROB, LOG_PROB, MASS, MOST_MASS, OK, ROOM, TAIL
 
 __all__ = ["sparse_kd_kernel"]
 
 #: Words of 32 bits: those of a segment of so many times 32 classes, 4 KiB.
 _WORDS = 1024
-#: A log p beyond is not added up, since its exponential is of no use.
-_LARGEST = 64.0
-_LOG2_E = math.log2(math.e)
 #: More than any (entry, code) as one number, which is exact in float64.
 _NO_ENTRY = 2.0**52
 _CODES = 128.0
@@ -63,7 +62,9 @@ TOP, LOG_Z, TO_Q, SOFT, HARD, Z_H, TO_SHARE, EVEN, OTHERS_Q, OTHERS_H, TAIL_TOP,
 _scaled_logit = bind(formulas.scaled_logit)
 _log_softmax = bind(formulas.log_softmax)
 _outcome_term = bind(formulas.outcome_term)
+_rate = bind(formulas.rate)
 _tail_factor = bind(formulas.tail_factor)
+_tail_shares = bind(formulas.tail_shares)
 _kd_gradient = bind(formulas.kd_gradient)
 _cross_entropy = bind(formulas.cross_entropy)
 _kd_loss = bind(formulas.kd_loss)
@@ -92,7 +93,7 @@ def _exponential(x, top, c):
 
 @device
 def _probability(log_p):
-    return np.float64(exp2(np.float64(log_p * _LOG2_E)))
+    return np.float64(exp2(np.float64(log_p * _rate(1.0))))
 
 
 @cuda.jit(device=True)
@@ -104,7 +105,7 @@ def _check_entries(s, entries, values, n, label, size, shared):
         v, log_p, code = _class_at(entries, j), _number_at(values, j), OK
         if not log_p < math.inf:  # NaN too
             code = LOG_PROB
-        elif log_p > _LARGEST:
+        elif log_p > LARGEST_LOG_PROB:
             code = MASS
         elif not 0 <= v < size:
             code = CLASS
@@ -439,7 +440,7 @@ def sparse_kd_kernel(hard, power, linear, wide):
             elif log_tail > -math.inf and n == size:
                 code = ROOM
             else:
-                p_tail = _probability(min(log_tail, _LARGEST))
+                p_tail = _probability(min(log_tail, LARGEST_LOG_PROB))
         if not masked and code == OK:
             mass += p_tail
             if not (mass > 0.0 or top_p > -math.inf) or (given(log_tails) and mass > MOST_MASS):
@@ -457,15 +458,10 @@ def sparse_kd_kernel(hard, power, linear, wide):
             if duplicate[0] >= 0:
                 code, detail = DUPLICATE, np.int64(duplicate[0])
         if masked or code != OK:
-            if first:
-                value = 0.0 if masked else math.nan
-                write_results(results, i, value, value, value)
-                report(status, i, code, detail)
-            if given(gradient):
-                fill_row(g, np.int64(0), size, 0.0 if masked else math.nan)
+            answer_unread(i, masked, code, detail, results, status, gradient, np.int64(0), size)
             return
 
-        c, c_h = _LOG2_E / temperature / HEADROOM, _LOG2_E / HEADROOM
+        c, c_h = _rate(temperature) / HEADROOM, _rate(1.0) / HEADROOM
         own_x = _number_at(s, label) if is_own else -math.inf
         others_top = np.float64(maxima[0]) if z_others != 0.0 else -math.inf  # NaN too is of a row with classes
         tail_top = max(others_top, own_x) if is_own else others_top
@@ -503,18 +499,17 @@ def sparse_kd_kernel(hard, power, linear, wide):
                 z_tail = at_tail * z_others
             if is_own:
                 z_tail += _exponential(own_x, tail_top, c)
-            soft = scale * (1.0 - alpha) * kd_scale / temperature
+            hard_share, soft = shares_of(scale, alpha, kd_scale, temperature)
             hard_q, z_h = 0.0, 0.0
             if hard:
                 at_one = exponential_at_one(at_top, others_top, top, c_h)
                 z_h = h_single + (at_one * h_others if z_others != 0.0 else 0.0)
-                hard_q = scale * alpha / z_h
+                hard_q = hard_share / z_h
                 told[OTHERS_H] = hard_q * at_one * of_h
                 told[LABEL_X] = _number_at(s, label)
             else:
                 told[OTHERS_H] = 0.0
-            to_share = 1.0 / z_tail if policy == BUCKET and z_tail > 0.0 else 0.0
-            even = p_tail / n_tail if p_tail > 0.0 and to_share == 0.0 else 0.0
+            to_share, even = _tail_shares(policy == BUCKET, p_tail, z_tail, np.float64(n_tail))
             told[TOP], told[LOG_Z], told[TO_Q], told[SOFT] = top, log(z), 1.0 / z, soft
             told[HARD], told[Z_H], told[TO_SHARE], told[EVEN] = hard_q, z_h, to_share, even
             told[OTHERS_Q] = soft * of_s * _tail_factor(mass, at_top / z, p_tail, at_tail * to_share)

@@ -45,7 +45,7 @@ from kdcore.errors import (
     ShardExistsError,
     VocabularyMismatchError,
 )
-from kdcore.hdf5 import create_preallocated, set_integer
+from kdcore.hdf5 import create_preallocated, set_integer, sync
 from kdcore.ops import log_softmax
 from kdcore.sequences import content_key
 from kdcore.sparse import TopKRows
@@ -273,7 +273,7 @@ class LogitStoreWriter:
             self._write_commit()
             os.rename(new, self._part)
             on_failure.pop_all()
-        _sync_directory(self._part.parent)
+        sync(self._part.parent)
 
     def _refuse_present(self) -> None:
         if self.path.exists():
@@ -675,7 +675,7 @@ class LogitStoreWriter:
             raise ShardExistsError(f"{self.path} is there already, so that {self._part} cannot take its name")
         os.rename(self._part, self.path)
         self._release()
-        _sync_directory(self.path.parent)
+        sync(self.path.parent)
 
     def __enter__(self) -> Self:
         return self
@@ -776,11 +776,3 @@ def _room(path: Path, capacity: int) -> Iterator[None]:
         raise DiskFullError(
             code, f"{path} has no room on disk for the {capacity} rows of its capacity: {os.strerror(code)}"
         ) from error
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

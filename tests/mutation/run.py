@@ -1,6 +1,6 @@
 """The mutation score: which share of small changes to kdcore its tests notice.
 
-    python tests/mutation/run.py                        # a sample, for ten minutes
+    python tests/mutation/run.py                        # a sample: ten minutes, and the tests of each part once
     python tests/mutation/run.py --budget 0             # every mutant, which takes days
     python tests/mutation/run.py --only engines --budget 3600 --output score.json
 
@@ -145,11 +145,15 @@ def text_of(module: str, line: int) -> str:
 
 
 def score(name: str, part: Part, copy: Copy, budget: float, seed: int) -> dict:
-    """What became of the mutants of a part, of as many as the budget in seconds allows; 0: of all."""
+    """What became of the mutants of a part, of as many as the budget in seconds allows; 0: of all.
+
+    What the tests take without a mutant, to begin with, is not in the budget: else it would be all of a small one.
+    """
     began = time.monotonic()
     if not copy.run(part, None):
         raise RuntimeError(f"the tests of {name} fail without a mutant")
     alone = time.monotonic() - began
+    began = time.monotonic()
     mutants, tried, survivors = drawn(part, random.Random(seed)), 0, []
     for module, mutant in mutants:
         if budget and time.monotonic() - began > budget:
@@ -178,7 +182,7 @@ def score(name: str, part: Part, copy: Copy, budget: float, seed: int) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", action="append", choices=PARTS, help="a part alone; may be repeated")
-    parser.add_argument("--budget", type=float, default=600, help="seconds for all parts together; 0: no limit")
+    parser.add_argument("--budget", type=float, default=600, help="seconds of mutants, for all parts; 0: no limit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="also as JSON")
     options = parser.parse_args(arguments)
