@@ -260,7 +260,7 @@ def test_padding_of_the_gradient_is_not_read():
 
 
 @pytest.mark.parametrize("context", [1, 2, 3])
-def test_table_rows_are_chosen_by_the_last_tokens(context):
+def test_table_rows_are_chosen_by_the_last_tokens(context, tmp_path):
     student = LogitStudent(3, 0.0, 1.0, context=context)
     rng = np.random.default_rng(context)
     every = [list(c) for c in np.ndindex(*[3] * context)]
@@ -276,6 +276,8 @@ def test_table_rows_are_chosen_by_the_last_tokens(context):
         for end in range(len(row)):
             padded = [0] * context + row[: end + 1]
             np.testing.assert_array_equal(positions[0, end], wanted[every.index(padded[-context:])])
+    student.save_checkpoint(tmp_path / "student.h5")
+    np.testing.assert_array_equal(read_arrays(tmp_path / "student.h5")[0]["table"], wanted)  # in the order of contexts
 
 
 def test_contexts_that_repeat_in_a_batch_all_count():

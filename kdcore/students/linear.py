@@ -109,7 +109,7 @@ class LinearStudent:
         if self._are_features(input_ids):
             rows = [as_vectors(row, self._n_features, f"input_ids[{i}]") for i, row in enumerate(input_ids)]
             _, mask = pad_rows([np.zeros(len(row), np.int64) for row in rows])
-            x = np.concatenate(rows) if rows else np.empty((0, self._n_features), np.float32)
+            x = np.concatenate([np.empty((0, self._n_features), np.float32), *rows])
         else:
             padded, mask = pad_rows(as_rows(input_ids))
             x = self._tokens(padded[mask])

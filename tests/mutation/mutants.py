@@ -1,13 +1,12 @@
-"""Mutants of a Python source: the same program with one small thing changed, which its tests should notice.
+"""Mutants of a Python source: the same text with one small thing changed, which its tests should notice.
 
-Only what functions compute is changed: operators, comparisons, constants, conditions. Docstrings, annotations, imports
-and what errors say are left alone.
+Only what functions compute is changed: operators, comparisons, constants, conditions, and statements that are there for
+what they do. Docstrings, annotations, imports and what errors say are left alone.
 """
 
 from __future__ import annotations
 
 import ast
-import copy
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -25,71 +24,77 @@ _NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
 class Mutant(NamedTuple):
-    """A source with one change, the line that it is in, and what it is, in words."""
+    """A source with one change, the line where it begins, and that place's text before it and after it."""
 
     source: str
     line: int
-    change: str
+    before: str
+    after: str
 
 
-def _changes(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
+def _changes(node: ast.AST) -> Iterator[ast.AST]:
     """What may stand in a node's place."""
-    if isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in _OPERATORS:
-        other = copy.deepcopy(node)
-        other.op = _OPERATORS[type(node.op)]()
-        yield other, f"{type(node.op).__name__} to {type(other.op).__name__}"
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        yield ast.BinOp(node.left, _OPERATORS[type(node.op)](), node.right)
+    elif isinstance(node, ast.AugAssign) and type(node.op) in _OPERATORS:
+        yield ast.AugAssign(node.target, _OPERATORS[type(node.op)](), node.value)
     elif isinstance(node, ast.Compare):
         for k, operator in enumerate(node.ops):
             if type(operator) in _COMPARISONS:
-                other = copy.deepcopy(node)
-                other.ops[k] = _COMPARISONS[type(operator)]()
-                yield other, f"{type(operator).__name__} to {type(other.ops[k]).__name__}"
+                other = _COMPARISONS[type(operator)]()
+                yield ast.Compare(node.left, [*node.ops[:k], other, *node.ops[k + 1 :]], node.comparators)
     elif isinstance(node, ast.BoolOp):
-        other = copy.deepcopy(node)
-        other.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
-        yield other, f"{type(node.op).__name__} to {type(other.op).__name__}"
+        yield ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
-        yield node.operand, f"without {type(node.op).__name__}"
+        yield node.operand
     elif isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
-        value = not node.value if isinstance(node.value, bool) else node.value + 1
-        yield ast.copy_location(ast.Constant(value), node), f"{node.value!r} to {value!r}"
+        yield ast.Constant(not node.value if isinstance(node.value, bool) else node.value + 1)
     elif isinstance(node, ast.IfExp):
-        yield ast.copy_location(ast.IfExp(node.test, node.orelse, node.body), node), "the branches of an if exchanged"
+        yield ast.IfExp(node.test, node.orelse, node.body)
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _NAMES:
-        other = copy.deepcopy(node)
-        other.func = ast.copy_location(ast.Name(_NAMES[node.func.id], ast.Load()), node.func)
-        yield other, f"{node.func.id} to {_NAMES[node.func.id]}"
+        yield ast.Call(ast.Name(_NAMES[node.func.id]), node.args, node.keywords)
+    elif _does(node):
+        yield ast.Pass()
 
 
-def _places(node: ast.AST, inside: bool) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
-    """(parent, field, index, child) of everything in functions that computes."""
+def _does(node: ast.AST) -> bool:
+    """Whether it is a statement that is there for what it does: a call, or what is stored in something."""
+    if isinstance(node, ast.Assign):
+        return isinstance(node.targets[0], ast.Subscript | ast.Attribute)
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+
+
+def _places(node: ast.AST, inside: bool) -> Iterator[ast.AST]:
+    """Everything in functions that computes or does something."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list", "type_params"):
             continue
-        for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+        for child in value if isinstance(value, list) else [value]:
             if not isinstance(child, ast.AST) or isinstance(
                 child, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom
             ):
                 continue
-            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):  # a docstring
-                continue
-            if inside and isinstance(child, ast.expr | ast.AugAssign):
-                yield node, field, index, child
+            if inside and isinstance(child, ast.expr | ast.AugAssign | ast.Assign | ast.Expr):
+                yield child
             yield from _places(child, inside or isinstance(child, ast.FunctionDef))
 
 
 def mutants_of(source: str) -> Iterator[Mutant]:
-    """All mutants of a source, in the order of its text."""
-    tree = ast.parse(source)
-    for parent, field, index, child in list(_places(tree, inside=False)):
-        for other, change in _changes(child):
-            _put(parent, field, index, ast.copy_location(other, child))
-            yield Mutant(ast.unparse(ast.fix_missing_locations(tree)) + "\n", child.lineno, change)
-            _put(parent, field, index, child)
+    """All mutants of a source, outer expressions before what is in them. The rest of the text stays as it is."""
+    lines = source.encode().splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    text = source.encode()
+    for node in _places(ast.parse(source), inside=False):
+        begin, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+        first, last = starts[node.lineno - 1], starts[node.end_lineno]
+        for other in _changes(node):
+            new = ast.unparse(ast.fix_missing_locations(other))
+            put = (new if isinstance(other, ast.stmt) else f"({new})").encode()
+            before, after = text[first:last], text[first:begin] + put + text[end:last]
+            yield Mutant((text[:first] + after + text[last:]).decode(), node.lineno, _one(before), _one(after))
 
 
-def _put(parent: ast.AST, field: str, index: int | None, child: ast.AST) -> None:
-    if index is None:
-        setattr(parent, field, child)
-    else:
-        getattr(parent, field)[index] = child
+def _one(lines: bytes) -> str:
+    return " ".join(lines.decode().split())
