@@ -8,8 +8,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent / "mutation"))
 
+from equivalent import EQUIVALENT
 from mutants import mutants_of
-from run import EQUIVALENT, PARTS, ROOT, chance
+from run import PARTS, ROOT, chance
 
 SOURCE = '''
 LIMIT = 3

@@ -6,7 +6,7 @@
 
 Mutants are drawn from all modules of a part, by a seed. Each is written into a copy of the checkout, whose tests then
 run until the first fails: the mutant is **killed** if one does, or if they take several times as long as without it.
-Those that survive are listed: each is either equivalent, which is to be said in EQUIVALENT below with the reason, or a
+Those that survive are listed: each is either equivalent, which is to be said in equivalent.py with the reason, or a
 test is missing.
 """
 
@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from equivalent import EQUIVALENT
 from mutants import Mutant, mutants_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,25 +121,6 @@ PARTS = {
         0.85,
     ),
 }  # fmt: skip
-
-#: Survivors that no test can kill: module, the place's text, what the mutant has there; and why.
-EQUIVALENT: dict[tuple[str, str, str], str] = {
-    (
-        "students/parameters.py",
-        "if size > np.iinfo(np.intp).max: # beyond what NumPy can address",
-        "if (size >= np.iinfo(np.intp).max): # beyond what NumPy can address",
-    ): "no memory has so many bytes either",
-    (
-        "students/logit.py",
-        'student = cls(metadata["vocab_size"], 0.0, metadata["learning_rate"], context=metadata["context"])',
-        'student = cls(metadata["vocab_size"], (1.0), metadata["learning_rate"], context=metadata["context"])',
-    ): "the table is replaced by the stored one",
-    (
-        "students/logit.py",
-        "history = np.pad(padded, ((0, 0), (max(self._context - 1, 0), 0)))",
-        "history = np.pad(padded, ((0, 0), (max(self._context - 1, 0), (1))))",
-    ): "what is padded behind the last position is not read",
-}
 
 #: So many times as long as the tests take without a mutant, and seconds more, may they take with one.
 _PATIENCE, _MORE = 3.0, 60.0

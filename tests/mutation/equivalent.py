@@ -1,0 +1,214 @@
+"""Mutants that no test can kill, with the reason: module, the place's text, and what the mutant has there."""
+
+__all__ = ["EQUIVALENT"]
+
+_BY_REASON: dict[str, list[tuple[str, str, str]]] = {
+    "e_t is 0 outside the teacher's support, whatever it is multiplied by": [
+        (
+            "formulas.py",
+            "return fma(e_t, where(d_t == -math.inf, 0.0, fma(-ratio, d_s, d_t)), w)",
+            "return fma(e_t, where(d_t == -math.inf, (1.0), fma(-ratio, d_s, d_t)), w)",
+        ),
+    ],
+    "at the boundary both branches are the same number": [
+        (
+            "formulas.py",
+            "return where(u > 0.0, 1.0, e) / (1.0 + e)",
+            "return where((u >= 0.0), 1.0, e) / (1.0 + e)",
+        ),
+        (
+            "formulas.py",
+            "return where(u > 0.0, u, 0.0) + math.log1p(e)",
+            "return where((u >= 0.0), u, 0.0) + math.log1p(e)",
+        ),
+        (
+            "formulas.py",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+            "larger = log(where((p >= q), p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+        ),
+        (
+            "formulas.py",
+            "of_p, of_q = where(r > 0.0, larger - r, larger), where(r < 0.0, larger + r, larger)",
+            "of_p, of_q = where((r >= 0.0), larger - r, larger), where(r < 0.0, larger + r, larger)",
+        ),
+        (
+            "formulas.py",
+            "of_p, of_q = where(r > 0.0, larger - r, larger), where(r < 0.0, larger + r, larger)",
+            "of_p, of_q = where(r > 0.0, larger - r, larger), where((r <= 0.0), larger + r, larger)",
+        ),
+        (
+            "formulas.py",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+            "larger = log(where((p >= q), p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+        ),
+        (
+            "formulas.py",
+            "return where(q > 0.0, (1.0 - c) * q * where(r < 0.0, larger + r, larger), 0.0)",
+            "return where(q > 0.0, (1.0 - c) * q * where((r <= 0.0), larger + r, larger), 0.0)",
+        ),
+        (
+            "formulas.py",
+            "return 0.5 * where(p > q, p - q, q - p)",
+            "return 0.5 * where((p >= q), p - q, q - p)",
+        ),
+        (
+            "formulas.py",
+            "high = c > 0.5",
+            "high = (c >= 0.5)",
+        ),
+        (
+            "formulas.py",
+            "return x * 0 if x < 0 else x",
+            "return x * 0 if (x <= 0) else x",
+        ),
+    ],
+    "where m is no larger than _LEAST, what depends on it is smaller than any sum shows": [
+        (
+            "formulas.py",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where((m >= _LEAST), m, 1.0)))",
+        ),
+        (
+            "formulas.py",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where((m >= _LEAST), q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+        ),
+        (
+            "formulas.py",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, (2.0))) * (1.0 / where(m > _LEAST, m, 1.0)))",
+        ),
+        (
+            "formulas.py",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, (2.0))))",
+        ),
+        (
+            "formulas.py",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, (2.0))))",
+        ),
+        (
+            "formulas.py",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where((m >= _LEAST), m, 1.0)))",
+        ),
+        (
+            "formulas.py",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, (2.0))) * (1.0 / where(m > _LEAST, m, 1.0)))",
+        ),
+        (
+            "formulas.py",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where((m >= _LEAST), q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+        ),
+        (
+            "formulas.py",
+            "o = where(m > _LEAST, m, 1.0)",
+            "o = where((m >= _LEAST), m, 1.0)",
+        ),
+        (
+            "formulas.py",
+            "o = where(m > _LEAST, m, 1.0)",
+            "o = where(m > _LEAST, m, (2.0))",
+        ),
+        (
+            "formulas.py",
+            "n = 1.0 / where(m > _LEAST, m, 1.0)",
+            "n = 1.0 / where(m > _LEAST, m, (2.0))",
+        ),
+        (
+            "formulas.py",
+            "n = 1.0 / where(m > _LEAST, m, 1.0)",
+            "n = 1.0 / where((m >= _LEAST), m, 1.0)",
+        ),
+        (
+            "formulas.py",
+            "o = where(m > _LEAST, m, 1.0)",
+            "o = where((m >= _LEAST), m, 1.0)",
+        ),
+        (
+            "formulas.py",
+            "o = where(m > _LEAST, m, 1.0)",
+            "o = where(m > _LEAST, m, (2.0))",
+        ),
+        (
+            "formulas.py",
+            "o = where(m > _LEAST, m, 1.0)",
+            "o = where((m >= _LEAST), m, 1.0)",
+        ),
+        (
+            "formulas.py",
+            "o = where(m > _LEAST, m, 1.0)",
+            "o = where(m > _LEAST, m, (2.0))",
+        ),
+    ],
+    "at the boundary both branches are right, one of them within the other's rounding": [
+        (
+            "formulas.py",
+            "close = z * z < 0.25",
+            "close = (z * z <= 0.25)",
+        ),
+        (
+            "formulas.py",
+            "close = z * z < 0.25",
+            "close = (z * z <= 0.25)",
+        ),
+    ],
+    "what is computed apart is used only where |z| >= 1/2, which takes |y| >= 1": [
+        (
+            "formulas.py",
+            "apart = where(y > 0.0, a, b) * exp(where(y > 0.0, z, (1.0 - k) * y)) - a",
+            "apart = where(y > 0.0, a, b) * exp(where((y >= 0.0), z, (1.0 - k) * y)) - a",
+        ),
+        (
+            "formulas.py",
+            "apart = where(y > 0.0, a, b) * exp(where(y > 0.0, z, (1.0 - k) * y)) - a",
+            "apart = where(y > 0.0, a, b) * exp(where(y > (1.0), z, (1.0 - k) * y)) - a",
+        ),
+        (
+            "formulas.py",
+            "apart = where(y > 0.0, a, b) * exp(where(y > 0.0, z, (1.0 - k) * y)) - a",
+            "apart = where((y >= 0.0), a, b) * exp(where(y > 0.0, z, (1.0 - k) * y)) - a",
+        ),
+        (
+            "formulas.py",
+            "apart = where(y > 0.0, a, b) * exp(where(y > 0.0, z, (1.0 - k) * y)) - a",
+            "apart = where(y > (1.0), a, b) * exp(where(y > 0.0, z, (1.0 - k) * y)) - a",
+        ),
+        (
+            "formulas.py",
+            "apart = q - where(r > 0.0, q, p) * exp(where(r > 0.0, z, (1.0 - c) * r))",
+            "apart = q - where(r > 0.0, q, p) * exp(where((r >= 0.0), z, (1.0 - c) * r))",
+        ),
+        (
+            "formulas.py",
+            "apart = q - where(r > 0.0, q, p) * exp(where(r > 0.0, z, (1.0 - c) * r))",
+            "apart = q - where((r >= 0.0), q, p) * exp(where(r > 0.0, z, (1.0 - c) * r))",
+        ),
+    ],
+    "no memory has so many bytes either": [
+        (
+            "students/parameters.py",
+            "if size > np.iinfo(np.intp).max: # beyond what NumPy can address",
+            "if (size >= np.iinfo(np.intp).max): # beyond what NumPy can address",
+        ),
+    ],
+    "the table is replaced by the stored one": [
+        (
+            "students/logit.py",
+            'student = cls(metadata["vocab_size"], 0.0, metadata["learning_rate"], context=metadata["context"])',
+            'student = cls(metadata["vocab_size"], (1.0), metadata["learning_rate"], context=metadata["context"])',
+        ),
+    ],
+    "what is padded behind the last position is not read": [
+        (
+            "students/logit.py",
+            "history = np.pad(padded, ((0, 0), (max(self._context - 1, 0), 0)))",
+            "history = np.pad(padded, ((0, 0), (max(self._context - 1, 0), (1))))",
+        ),
+    ],
+}
+
+EQUIVALENT = {mutant: reason for reason, mutants in _BY_REASON.items() for mutant in mutants}
