@@ -449,7 +449,8 @@ def group_kernel(parts, threads, resident):
         s, t = row_at(student, i), row_at(teacher, i)
         if integers[_MASKED] == 1 or integers[_CODE] != OK:
             masked = integers[_MASKED] == 1
-            answer_unread(i, masked, integers[_CODE], integers[_DETAIL], results, status, gradient, begin, end)
+            code, detail, g = integers[_CODE], integers[_DETAIL], row_at(gradient, i)
+            answer_unread(i, masked, code, detail, results, status, gradient, g, begin, end)
             return
 
         tags = s[2], t[2]

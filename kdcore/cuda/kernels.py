@@ -142,14 +142,14 @@ def masked_or_bad(labels, weights, ignore_index, label, weight, size):
 
 
 @cuda.jit(device=True)
-def answer_unread(i, masked, code, detail, results, status, gradient, begin, end):
-    """The results of a row that is masked or cannot be worked, and its gradient from class begin on, before end."""
+def answer_unread(i, masked, code, detail, results, status, gradient, g, begin, end):
+    """The results of a row that is masked or cannot be worked, and its gradient g from class begin on, before end."""
     value = 0.0 if masked else math.nan
     if cuda.threadIdx.x == 0 and begin == 0:
         write_results(results, i, value, value, value)
         report(status, i, code, detail)
     if given(gradient):
-        fill_row(row_at(gradient, i), begin, end, value)
+        fill_row(g, begin, end, value)
 
 
 @cuda.jit(device=True)
@@ -194,7 +194,7 @@ def kd_kernel(parts, term, slope, wide):
         weight, label = weight_at(weights, i), label_at(labels, i)
         masked, code, detail = masked_or_bad(labels, weights, ignore_index, label, weight, size)
         if masked or code != OK:
-            answer_unread(i, masked, code, detail, results, status, gradient, np.int64(0), size)
+            answer_unread(i, masked, code, detail, results, status, gradient, g, np.int64(0), size)
             return
 
         adjacent = itemsize(s[2]) == 2 or (soft and itemsize(t[2]) == 2)

@@ -458,7 +458,7 @@ def sparse_kd_kernel(hard, power, linear, wide):
             if duplicate[0] >= 0:
                 code, detail = DUPLICATE, np.int64(duplicate[0])
         if masked or code != OK:
-            answer_unread(i, masked, code, detail, results, status, gradient, np.int64(0), size)
+            answer_unread(i, masked, code, detail, results, status, gradient, g, np.int64(0), size)
             return
 
         c, c_h = _rate(temperature) / HEADROOM, _rate(1.0) / HEADROOM
