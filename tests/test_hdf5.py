@@ -672,3 +672,29 @@ def test_the_module_needs_no_fork(monkeypatch):
 
 def test_every_error_is_of_the_family():
     assert issubclass(CheckpointError, KdcoreError) and issubclass(UnsafeFileError, KdcoreError)
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunk_rows", "rows"),
+    [
+        ((512, 1), 64, None),  # no more than 4 kB
+        ((513, 1), 64, 513),
+        ((10_000, 4), 100, 1024),  # what describes a chunk counts below 32 kB
+        ((10_000, 4), 3000, 3000),
+        ((10_000, 4), 50_000, 10_000),
+        ((100_000, 4), 50_000, 32_768),  # and what is read for one row above 1 MB
+        ((3, 300_000), 64, 1),
+    ],
+)
+def test_the_layout_of_compressed_arrays(shape, chunk_rows, rows, path):
+    array = np.arange(np.prod(shape), dtype="<f8").reshape(shape)
+    blocks = [array[: shape[0] // 3], array[shape[0] // 3 :]]
+    hdf5.write_compressed(path, {"group/array": ("<f8", shape, iter(blocks))}, {"answer": 42}, chunk_rows)
+    with h5py.File(path) as file:
+        made = file["group/array"]
+        np.testing.assert_array_equal(made[()], array)
+        assert file.attrs["answer"] == 42
+        assert made.chunks == (None if rows is None else (rows, *shape[1:]))
+        filters = (made.compression, made.compression_opts, made.shuffle, made.fletcher32)
+        assert filters == ((None, None, False, False) if rows is None else ("gzip", 1, True, True))
+    assert path.stat().st_size < array.nbytes * 0.6 + 4096  # nothing is aligned to pages

@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).parent / "mutation"))
 
 from equivalent import EQUIVALENT
 from mutants import mutants_of
-from run import PARTS, ROOT, chance
+from run import PARTS, ROOT, chance, drawn
 
 SOURCE = '''
 LIMIT = 3
@@ -76,3 +76,11 @@ def test_what_is_called_equivalent_is_still_a_mutant():
 )
 def test_the_chance_of_a_sample(killed, tried, aim, is_chance):
     assert chance(killed, tried, aim) == pytest.approx(is_chance)
+
+
+def test_a_sample_takes_of_each_part_in_turn():
+    first = drawn(["students", "formulas"], None)
+    assert [name for name, _, _ in first[:6]] == ["students", "formulas"] * 3
+    assert first == drawn(["students", "formulas"], None)
+    assert sorted(first) == sorted(drawn(["students", "formulas"], 1)) and first != drawn(["students", "formulas"], 1)
+    assert not {(module, m.before, m.after) for _, module, m in first} & set(EQUIVALENT)
