@@ -639,17 +639,17 @@ the label. Every row is held to alpha CE + (1 - alpha) T² D, with the D of its 
 convention is no bug. What a peer does not offer is not held against it (*not claimed*): without cross_entropy alpha is
 0, without temperature T is 1, without float64 all logits are float32. For JSD, beta is 1/2.
 
-*Refuted* names the [falsifiers](../../../docs/falsifiers.md) that found a counterexample, of those that apply; those of
--inf (`F-KD-SUPPORT-...`) are apart, because a loss that is never given -inf is no worse for them. They overlap: NaN for
-a class that both rule out is seen by several.
+*Refuted* names the falsifiers of `kdcore.testing` that found a counterexample, of those that apply; those of -inf
+(`F-KD-SUPPORT-...`) are apart, because a loss that is never given -inf is no worse for them. They overlap: NaN for a
+class that both rule out is seen by several.
 """
 
 _ERRORS = """
 ## The errors
 
-*loss error* and *gradient error* are the largest over the ordinary cases in [ordinary.json](ordinary.json): logits of
-at most a few units, T from 0.05 to 100, all finite. Of its cases the first `float64` are for float64; all of them, with
-logits rounded to float32, for a peer without float64. The unit is what `kdcore.testing` allows, so that up to 1 is
+*loss error* and *gradient error* are the largest over the ordinary cases, which are in `ordinary.json` beside this page:
+logits of at most 11, all finite, T from 0.05 to 100. Of its cases the first 66 (`float64`) are for float64; all of them,
+with logits rounded to float32, for a peer without float64. The unit is what `kdcore.testing` allows, so that up to 1 is
 right, and float64 and float32 compare. The exact values are in longdouble. A row of V classes whose exact loss is L is
 allowed, with |vector| the 2-norm:
 
@@ -665,8 +665,8 @@ allowed, with |vector| the 2-norm:
     float32                             G = 5e-7, R = 1e-6, u = 2^-24
 
 peers.json has, for each row, where the error was largest: the case (from 0) and the row in it, the error, what was
-allowed, and the exact loss or gradient. Errors below 1 are of the last digits, and differ by some ten per cent from one
-processor to another.
+allowed, and the exact loss or gradient. Errors below 1 are of the last digits: they differ by up to a half from one
+processor, or one layout of the same rows in memory, to another.
 
 ## The counterexamples
 
