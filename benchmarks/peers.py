@@ -647,11 +647,11 @@ class that both rule out is seen by several.
 _ERRORS = """
 ## The errors
 
-*loss error* and *gradient error* are the largest over the ordinary cases, which are in `ordinary.json` beside this page:
-logits of at most 11, all finite, T from 0.05 to 100. Of its cases the first 66 (`float64`) are for float64; all of them,
-with logits rounded to float32, for a peer without float64. The unit is what `kdcore.testing` allows, so that up to 1 is
-right, and float64 and float32 compare. The exact values are in longdouble. A row of V classes whose exact loss is L is
-allowed, with |vector| the 2-norm:
+*loss error* and *gradient error* are the largest over the ordinary cases, which are in `ordinary.json` beside this
+page: logits of at most 11, all finite, T from 0.05 to 100. Of its cases the first 66 (`float64`) are for float64; all
+of them, with logits rounded to float32, for a peer without float64. The unit is what `kdcore.testing` allows, so that
+up to 1 is right, and float64 and float32 compare. The exact values are in longdouble. A row of V classes whose exact
+loss is L is allowed, with |vector| the 2-norm:
 
     an error of the loss of             R |L| + G A + (w - 1) G (A + |L|) + 4 u
     an error of the gradient, in norm   w G (alpha (|h| + 1) + (1 - alpha) T S)
