@@ -641,7 +641,8 @@ convention is no bug. What a peer does not offer is not held against it (*not cl
 
 *Refuted* names the falsifiers of `kdcore.testing` that found a counterexample, of those that apply; those of -inf
 (`F-KD-SUPPORT-...`) are apart, because a loss that is never given -inf is no worse for them. They overlap: NaN for a
-class that both rule out is seen by several.
+class that both rule out is seen by several, and a wrong factor by all that measure in units of the right loss, in the
+last digits even by those of shifts.
 """
 
 _ERRORS = """
