@@ -1,14 +1,15 @@
 """The live table of peers: what the KD losses of other libraries compute, and which falsifier refutes what.
 
+    tox -e peers
     python benchmarks/peers.py [--output benchmarks/results/peers] [--only torch ...]
 
-Writes ``peers.md`` and ``peers.json``. What is not installed is listed with the reason, so that the table is whole on
-any machine. A convention (no T², another reduction, the teacher's entropy left in) is mapped before anything is judged,
-and named in the table; it is never called a bug. A peer is held to what it offers: without a cross-entropy alpha is 0,
-without float64 everything is in float32, with that type's bounds.
+The first installs the libraries and runs the second, which takes those that are there, and lists the others with the
+reason, so that the table is whole on any machine. It writes ``peers.md``, ``peers.json`` and ``ordinary.json``, the
+inputs of the numeric comparison.
 
-``pip install torch liger-kernel trl torchdistill nvidia-modelopt keras optax jax textbrewer torchtune`` has them all;
-some ask for more than they need here, and install with ``--no-deps``.
+A convention (no T², another reduction, the teacher's entropy left in) is mapped before anything is judged, and named in
+the table; it is never called a bug. A peer is held to what it offers: without a cross-entropy alpha is 0, without
+float64 everything is in float32, with that type's bounds.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ SOFT_SINGLE = tuple(name for name in SOFT if name != "float64")
 
 @dataclass(frozen=True)
 class Peer:
-    """A loss of another library: ``make()`` imports it and returns it in the form of :func:`kdcore.testing.falsify`."""
+    """A loss of another library: ``make()`` imports it and returns it in the form of :func:`kdcore.testing.falsify`.
+
+    ``computes`` says what the call returns by its own conventions, ``mapped`` what was done to that.
+    """
 
     package: str
     call: str
@@ -87,6 +91,8 @@ def peer(
 
 
 KD = "alpha CE + (1 - alpha) T² KL(p‖q)"
+#: What a batch's one number is.
+MEAN = "mean over rows of"
 
 
 @peer("kdcore", "kd_loss_and_gradient", computes=KD, features=ALL)
@@ -105,7 +111,7 @@ def _torch():
 
 
 @peer(
-    "torch", "cross_entropy and kl_div(log_softmax, softmax)", computes=KD, mapped="the sum as users write it, per row"
+    "torch", "cross_entropy and kl_div(log_softmax, softmax)", computes=KD, mapped="the sum as users write it, by row"
 )
 def _torch_kl_div():
     _, f = _torch()
@@ -117,7 +123,7 @@ def _torch_kl_div():
     return adapters.torch_loss(loss)
 
 
-@peer("torch", "cross_entropy and kl_div(log_target=True)", computes=KD, mapped="the sum as users write it, per row")
+@peer("torch", "cross_entropy and kl_div(log_target=True)", computes=KD, mapped="the sum as users write it, by row")
 def _torch_log_target():
     _, f = _torch()
 
@@ -132,8 +138,8 @@ def _torch_log_target():
 @peer(
     "torch",
     'kl_div(reduction="mean")',
-    computes="T² KL(p‖q)",
-    mapped="mean over B V elements; T² by the caller",
+    computes=f"{MEAN} KL(p‖q) / V",
+    mapped="times B V; T² by the caller",
     one_number=True,
     features=SOFT,
 )
@@ -149,7 +155,7 @@ def _torch_mean():
 @peer(
     "torch",
     "cross_entropy(s / T, softmax(t / T))",
-    computes="T² KL(p‖q)",
+    computes="-sum of p log q, which is KL(p‖q) and the teacher's entropy",
     mapped="the teacher's entropy is taken off; T² by the caller",
     features=SOFT_NARROW,
 )
@@ -211,8 +217,9 @@ for _beta, _name, _computes in ((0.0, "forward_kl", "KL(p‖q)"), (1.0, "reverse
         "liger-kernel",
         f"chunked_loss.LigerFusedLinearJSDLoss(beta={_beta:g})",
         slow=True,
-        computes=f"alpha CE + (1 - alpha) {_computes}",
-        mapped="no T²; mean over unmasked rows; logits as the weights of its linear layer; a sample of the cases",
+        computes=f"{MEAN} weight_hard_loss CE + weight_soft_loss {_computes}",
+        mapped="weights that make up for no T²; times B; logits as the weights of its linear layer; a sample of the "
+        "cases",
         one_number=True,
         divergence=_name,
         features=SINGLE,
@@ -253,7 +260,7 @@ for _beta, _name, _computes in ((0.0, "forward_kl", "KL(p‖q)"), (1.0, "reverse
         "trl",
         f"GKDTrainer.generalized_jsd_loss(beta={_beta:g})",
         computes=_computes,
-        mapped="no T²; per token",
+        mapped='times T²; reduction="none", summed over the classes',
         divergence=_name,
         features=SOFT,
     )(lambda beta=_beta: _trl_gkd(beta))
@@ -262,7 +269,7 @@ for _beta, _name, _computes in ((0.0, "forward_kl", "KL(p‖q)"), (1.0, "reverse
         "trl",
         f"kernels ChunkedDivergenceFunction(beta={_beta:g})",
         computes=_computes,
-        mapped="no T²; logits as the weights of its linear layer",
+        mapped="times T²; logits as the weights of its linear layer",
         divergence=_name,
         features=SOFT_SINGLE,
     )(lambda beta=_beta: _trl_chunked(beta))
@@ -271,7 +278,13 @@ for _beta, _name, _computes in ((0.0, "forward_kl", "KL(p‖q)"), (1.0, "reverse
 # --- the others -----------------------------------------------------------------------------------------------------
 
 
-@peer("torchdistill", "KDLoss(temperature, alpha)", computes=KD, mapped="mean over rows", one_number=True)
+@peer(
+    "torchdistill",
+    "KDLoss(temperature, alpha)",
+    computes=f"{MEAN} {KD}; at alpha = 0 {MEAN} KL(p‖q), without the T² of its formula",
+    mapped="times B",
+    one_number=True,
+)
 def _torchdistill():
     _torch()
     from torchdistill.losses.mid_level import KDLoss
@@ -286,8 +299,8 @@ def _torchdistill():
 @peer(
     "torchdistill",
     "KDLoss(temperature, alpha > 0)",
-    computes=KD,
-    mapped="alpha = 0 as 1e-30, since it drops T² at alpha = 0; mean over rows",
+    computes=f"{MEAN} {KD}",
+    mapped="alpha = 0 as 1e-30, where it has its T²; times B",
     one_number=True,
 )
 def _torchdistill_above_zero():
@@ -304,8 +317,8 @@ def _torchdistill_above_zero():
 @peer(
     "nvidia-modelopt",
     "LogitsDistillationLoss(T)",
-    computes="T² KL(p‖q)",
-    mapped="mean over B V elements",
+    computes=f"{MEAN} T² KL(p‖q) / V",
+    mapped="times B V",
     one_number=True,
     features=SOFT,
 )
@@ -320,7 +333,7 @@ def _modelopt():
     "nvidia-modelopt",
     'LogitsDistillationLoss(T, reduction="none")',
     computes="T² KL(p‖q)",
-    mapped="per row",
+    mapped="nothing",
     features=SOFT,
 )
 def _modelopt_rows():
@@ -341,8 +354,9 @@ def _jax():
     "keras",
     "distillation.LogitsDistillation(T)",
     slow=True,
-    computes="T² KL(p‖q)",
-    mapped="mean over rows",
+    computes=f"{MEAN} sum of c(t/T) log(c(t/T) / c(s/T)), c(x) = min(max(x, 1e-7), 1): no softmax, no T²; its "
+    "documentation calls the default KL divergence",
+    mapped="times B; judged as T² KL(p‖q); a sample of the cases",
     one_number=True,
     features=SOFT_SINGLE,
 )
@@ -357,8 +371,8 @@ def _keras_default():
     "keras",
     "distillation.LogitsDistillation(T, loss=KLDivergence())",
     slow=True,
-    computes="T² KL(p‖q)",
-    mapped="mean over rows",
+    computes=f"{MEAN} T² sum of c(p) log(c(p) / c(q)), c(x) = min(max(x, 1e-7), 1)",
+    mapped="times B; a sample of the cases",
     one_number=True,
     features=SOFT_SINGLE,
 )
@@ -376,7 +390,7 @@ def _keras_instance():
     "kl_divergence and softmax_cross_entropy_with_integer_labels",
     slow=True,
     computes=KD,
-    mapped="the sum as users write it; per row",
+    mapped="the sum as users write it, by row; a sample of the cases",
 )
 def _optax():
     jax = _jax()
@@ -394,8 +408,8 @@ def _optax():
     "optax",
     "losses.kl_divergence_with_log_targets",
     slow=True,
-    computes="T² KL(p‖q)",
-    mapped="T² by the caller; per row",
+    computes="KL(p‖q)",
+    mapped="T² by the caller; a sample of the cases",
     features=SOFT,
 )
 def _optax_log_targets():
@@ -424,8 +438,8 @@ WITHOUT_T = tuple(name for name in SOFT_SINGLE if name != "temperature")
 @peer(
     "torchtune",
     "ForwardKLLoss",
-    computes="KL(p‖q)",
-    mapped="the teacher's entropy is taken off; no temperature; mean over rows",
+    computes=f"{MEAN} -sum of p log q over the classes that the student allows",
+    mapped="the teacher's entropy is taken off; T = 1; times B",
     one_number=True,
     features=tuple(name for name in WITHOUT_T if name != "large_vocabulary"),
 )
@@ -438,8 +452,8 @@ def _torchtune_forward():
 @peer(
     "torchtune",
     "ReverseKLLoss",
-    computes="KL(q‖p)",
-    mapped="no temperature; mean over rows",
+    computes=f"{MEAN} KL(q‖p) over the classes that both allow",
+    mapped="T = 1; times B",
     one_number=True,
     divergence="reverse_kl",
     features=WITHOUT_T,
@@ -452,8 +466,8 @@ def _torchtune_reverse():
 @peer(
     "textbrewer",
     "losses.kd_ce_loss(T)",
-    computes="KL(p‖q)",
-    mapped="the teacher's entropy is taken off; no T²; mean over rows",
+    computes=f"{MEAN} -sum of p log q",
+    mapped="the teacher's entropy is taken off; times B T²",
     one_number=True,
     features=SOFT_NARROW,
 )
@@ -486,11 +500,17 @@ LEFT_OUT = {
 # --- judging --------------------------------------------------------------------------------------------------------
 
 
+def implementation(package: str, call: str) -> Any:
+    """A row's ``loss_and_gradient``, by its first two columns: to run a counterexample, or for :func:`falsify`."""
+    return next(entry for entry in PEERS if (entry.package, entry.call) == (package, call)).make()
+
+
 def compared(entry: Peer, function: Any) -> dict[str, Any]:
-    """Worst errors over ordinary finite cases, in units of what is allowed: the numeric comparison."""
-    calls, worst, number = Calls(function, entry.divergence), {"loss": 0.0, "gradient": 0.0}, 0
-    name = "ordinary" if "float64" in entry.features else "ordinary, float32"
-    for found in FIXTURES[name]():
+    """Worst errors over ordinary finite cases, in units of what is allowed, and where: the numeric comparison."""
+    calls, number = Calls(function, entry.divergence), 0
+    worst: dict[str, Any] = {"loss": 0.0, "gradient": 0.0}
+    single = "float64" not in entry.features
+    for index, found in enumerate(FIXTURES["ordinary, float32" if single else "ordinary"]()):
         case = adapted(found, entry.features)
         if case is None:
             continue
@@ -500,11 +520,38 @@ def compared(entry: Peer, function: Any) -> dict[str, Any]:
         except BrokenCallError:
             return {"loss": None, "gradient": None, "cases": number}
         number += 1
-        error = np.abs(answer.loss - judged.exact.loss) / judged.loss
-        worst["loss"] = max(worst["loss"], float(np.where(np.isnan(error), np.inf, error).max()))
-        error = np.sqrt(np.square(answer.gradient - judged.exact.gradient).sum(axis=-1)) / judged.gradient
-        worst["gradient"] = max(worst["gradient"], float(np.where(np.isnan(error), np.inf, error).max()))
+        off = {
+            "loss": np.abs(answer.loss - judged.exact.loss),
+            "gradient": np.sqrt(np.square(answer.gradient - judged.exact.gradient).sum(axis=-1)),
+        }
+        for name, error in off.items():
+            allowed = getattr(judged, name)
+            units = np.where(np.isnan(error), np.inf, error / allowed).astype(np.float64)
+            row = int(units.argmax())
+            if units[row] > worst[name]:
+                worst[name] = float(units[row])
+                place = {"case": index, "row": row, "error": float(error[row]), "allowed": float(allowed[row])}
+                worst[f"{name}_at"] = place | {"exact": getattr(judged.exact, name)[row].astype(np.float64).tolist()}
     return {**worst, "cases": number}
+
+
+def ordinary() -> dict[str, Any]:
+    """The inputs of :func:`compared`, as anyone can read them: those in float32 are the same, rounded, and more."""
+    cases = FIXTURES["ordinary, float32"]()
+    exact = FIXTURES["ordinary"]()
+    return {
+        "float64": len(exact),
+        "cases": [
+            {
+                "student": found.student.tolist(),
+                "teacher": found.teacher.tolist(),
+                "labels": found.labels.tolist(),
+                "temperature": found.temperature,
+                "alpha": found.alpha,
+            }
+            for found in (*exact, *cases[len(exact) :])
+        ],
+    }
 
 
 class Sampled(Falsifier):
@@ -545,8 +592,9 @@ def judged(entry: Peer, max_examples: int) -> dict[str, Any]:
     failed = [result.as_dict() for result in results if not result.passed]
     print(f"{entry.package} {entry.call}: refuted by {len(failed)} of {len(results)}", file=sys.stderr, flush=True)
     return row | {
-        "comparison": {name: _json(value) for name, value in comparison.items()},
+        "comparison": _json(comparison),
         "falsifiers": len(results),
+        "falsifiers_of_inf": sum(result.id.startswith(_OF_INF) for result in results),
         "cases": sum(result.cases for result in results),
         "failed": failed,
         "seconds": round(time.perf_counter() - start, 1),
@@ -554,6 +602,11 @@ def judged(entry: Peer, max_examples: int) -> dict[str, Any]:
 
 
 def _json(value: Any) -> Any:
+    """With numbers that JSON does not have as text."""
+    if isinstance(value, dict):
+        return {name: _json(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_json(inner) for inner in value]
     return value if value is None or np.isfinite(value) else str(value)
 
 
@@ -575,7 +628,55 @@ def version_of_distribution(package: str) -> str | None:
 
 
 #: Counterexamples of one peer that the page shows.
-_SHOWN = 5
+_SHOWN = 6
+#: Of falsifiers that are about logits of -inf.
+_OF_INF = "F-KD-SUPPORT-"
+
+_ABOUT = """
+s and t are the student's and the teacher's logits, p = softmax(t/T), q = softmax(s/T), h = softmax(s), CE = -log h of
+the label. Every row is held to alpha CE + (1 - alpha) T² D, with the D of its column *D*, and to its gradient by s.
+*computes* is what the call returns by its own conventions, *mapped* what was done to that before anything was judged: a
+convention is no bug. What a peer does not offer is not held against it (*not claimed*): without cross_entropy alpha is
+0, without temperature T is 1, without float64 all logits are float32. For JSD, beta is 1/2.
+
+*Refuted* names the falsifiers of `kdcore.testing` that found a counterexample, of those that apply; those of -inf
+(`F-KD-SUPPORT-...`) are apart, because a loss that is never given -inf is no worse for them. They overlap: NaN for a
+class that both rule out is seen by several, and a wrong factor by all that measure in units of the right loss, in the
+last digits even by those of shifts.
+"""
+
+_ERRORS = """
+## The errors
+
+*loss error* and *gradient error* are the largest over the ordinary cases, which are in `ordinary.json` beside this
+page: logits of at most 11, all finite, T from 0.05 to 100. Of its cases the first 66 (`float64`) are for float64; all
+of them, with logits rounded to float32, for a peer without float64. The unit is what `kdcore.testing` allows, so that
+up to 1 is right, and float64 and float32 compare. The exact values are in longdouble. A row of V classes whose exact
+loss is L is allowed, with |vector| the 2-norm:
+
+    an error of the loss of             R |L| + G A + (w - 1) G (A + |L|) + 4 u
+    an error of the gradient, in norm   w G (alpha (|h| + 1) + (1 - alpha) T S)
+
+    A                                   alpha + (1 - alpha) T²
+    w                                   1 + u/G (4 m max(1, 1/T) + 2 ln V + 4 sqrt V + V/16)
+    m                                   max of |s|, and where alpha < 1 the max of |t| added
+    S                                   |p| + |q| for KL(p‖q), |p| + |q| + |g| + |q| |sum of g| for the others;
+                                        g = q log(q/p) for KL(q‖p), q log(q/m) / 2 for JSD with m = (p + q) / 2
+    float64                             G = 1e-13, R = 1e-12, u = 2^-53
+    float32                             G = 5e-7, R = 1e-6, u = 2^-24
+
+peers.json has, for each row, where the error was largest: the case (from 0) and the row in it, the error, what was
+allowed, and the exact loss or gradient. Errors below 1 are of the last digits: they differ by up to a half from one
+processor, or one layout of the same rows in memory, to another.
+
+## The counterexamples
+
+Each is two lines: the arguments, and a call of `loss_and_gradient`, which is the row's loss as mapped:
+
+    import sys; sys.path.insert(0, "benchmarks")
+    from peers import implementation
+    loss_and_gradient = implementation("torchdistill", "KDLoss(temperature, alpha)")  # the library, the loss
+"""
 
 
 def _times(value: Any) -> str:
@@ -586,6 +687,20 @@ def _times(value: Any) -> str:
     return f"{value:.2g}" if value < 100 else f"{value:.1e}"
 
 
+#: How the page writes a divergence.
+_D = {"forward_kl": "KL(p‖q)", "reverse_kl": "KL(q‖p)", "jsd": "JSD"}
+
+
+def _refuted(row: dict[str, Any], of_inf: bool) -> str:
+    """By how many of the falsifiers that are about -inf, or of the others, and which."""
+    found = [result["id"] for result in row["failed"] if result["id"].startswith(_OF_INF) == of_inf]
+    names = ", ".join(name.removeprefix(_OF_INF if of_inf else "F-") for name in found)
+    tried = row["falsifiers_of_inf"] if of_inf else row["falsifiers"] - row["falsifiers_of_inf"]
+    if not tried:
+        return "not claimed"
+    return f"{len(found)} of {tried}: {names}" if found else f"none of {tried}"
+
+
 def markdown(data: dict[str, Any]) -> str:
     """The table, then what each refuted peer does, in a sentence and with the smallest case."""
     environment = data["environment"]
@@ -594,26 +709,19 @@ def markdown(data: dict[str, Any]) -> str:
         "",
         f"Made by `{data['command']}` on {data['date']}, kdcore {environment['kdcore']}, "
         f"Python {environment['python']}, NumPy {environment['numpy']}, on a CPU.",
-        "",
-        "p = softmax(t/T), q = softmax(s/T). A convention is mapped before anything is judged (column *mapped*) and is "
-        "no bug; what a peer does not offer is not held against it (*not claimed*). Errors of loss and gradient are "
-        "the worst over ordinary logits, in units of what `kdcore.testing` allows: up to 1 is right. An implementation "
-        "may be right on all ordinary logits, and be refuted by -inf, or by a student that is sure of a wrong class.",
-        "",
-        "| library | loss | computes | mapped | not claimed | loss error | gradient error | refuted by |",
-        "| --- | --- | --- | --- | --- | ---: | ---: | --- |",
+        _ABOUT,
+        "| library | loss | computes | mapped | D | not claimed | loss error | gradient error | refuted | by -inf |",
+        "| --- | --- | --- | --- | --- | --- | ---: | ---: | --- | --- |",
     ]
     for row in data["peers"]:
         if "absent" in row:
             continue
-        refuted = ", ".join(result["id"].removeprefix("F-") for result in row["failed"]) or "nothing"
-        refuted = f"{len(row['failed'])} of {row['falsifiers']}: {refuted}" if row["failed"] else refuted
         lines.append(
             f"| {row['package']} {row['version']} | `{row['call']}` | {row['computes']} | {row['mapped']} | "
-            f"{', '.join(row['not_claimed'])} | {_times(row['comparison']['loss'])} | "
-            f"{_times(row['comparison']['gradient'])} | {refuted} |"
+            f"{_D[row['divergence']]} | {', '.join(row['not_claimed'])} | {_times(row['comparison']['loss'])} | "
+            f"{_times(row['comparison']['gradient'])} | {_refuted(row, of_inf=False)} | {_refuted(row, of_inf=True)} |"
         )
-    lines += ["", "## What was found", ""]
+    lines += [_ERRORS]
     for row in data["peers"]:
         if row.get("failed"):
             lines += [f"### {row['package']} {row['version']}: `{row['call']}`", ""]
@@ -642,7 +750,7 @@ def main() -> None:
     chosen = [entry for entry in PEERS if not options.only or entry.package in options.only]
     rows = [judged(entry, options.max_examples) for entry in chosen]
     data = {
-        "command": "python benchmarks/peers.py",
+        "command": " ".join(["python benchmarks/peers.py", *(["--only", *options.only] if options.only else [])]),
         "date": date.today().isoformat(),
         "environment": {
             "kdcore": kdcore.__version__,
@@ -657,6 +765,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "peers.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (options.output / "peers.md").write_text(markdown(data), encoding="utf-8")
+    (options.output / "ordinary.json").write_text(json.dumps(ordinary()) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def failed(function, **options):
 def test_right_implementations_pass(name):
     report = falsify(RIGHT[name], max_examples=0)
     assert report.passed, report.text(passed=False)
-    assert len(report.results) == 47
+    assert len(report.results) == 48
     assert all(result.passed is True and result.counterexample is None for result in report.results)
     assert {result.id for result in report.not_claimed} == {"F-KD-IGNORE", "F-KD-IGNORE-UNREAD"}
 
@@ -207,6 +207,21 @@ def test_seeds_agree(name, seed):
 def test_what_is_wrong_is_named(name, by, not_by):
     for identity in by | not_by:
         assert try_one(REGISTRY[identity], BUGS[name], max_examples=0).passed is (identity in not_by), identity
+
+
+def test_a_counterexample_keeps_the_term_that_its_statement_is_about():
+    """The shrinker prefers alpha = 0, where no label counts: a NaN of the divergence alone would do for it."""
+
+    def without_where(s, t, y, T, alpha):  # as frameworks have it: -inf less -inf is NaN
+        loss, gradient = right(s, t, y, T, alpha)
+        shared = ((s == -np.inf) & (t == -np.inf)).any(axis=-1)
+        return np.where(shared, np.nan, loss), gradient
+
+    case = try_one(REGISTRY["F-KD-SUPPORT-LABEL"], without_where, max_examples=0).case
+    assert case.alpha > 0 and case.student[0, case.labels[0]] == -np.inf
+    assert try_one(REGISTRY["F-KD-SUPPORT-SHARED"], without_where, max_examples=0).case.alpha == 0
+    for identity in ("F-KD-SUPPORT-TEACHER", "F-KD-SUPPORT-STUDENT", "F-KD-SUPPORT-EACH"):
+        assert try_one(REGISTRY[identity], without_where, max_examples=0).passed
 
 
 def test_every_falsifier_but_for_masks_refutes_some_bug():

@@ -275,7 +275,13 @@ def _student_rules_out(dtype: Any = np.float64) -> list[Case]:
         case([1, -_INF, 0.5], [0, 1, 2], 0, 2.0, 0.0, dtype),
         case([1, -_INF, -_INF], [0, 1, 2], 0, 1.0, 0.3, dtype),
         case([[1, -_INF, 0], [1, 2, 0]], [[0, 1, 0.5], [0, 1, 2]], [2, 1], 4.0, 0.5, dtype),
+    ]
+
+
+def _each_rules_out(dtype: Any = np.float64) -> list[Case]:
+    return [
         case([-_INF, 0, 1], [0, -_INF, 1], 2, 2.0, 0.0, dtype),
+        case([1, -_INF, 0.5], [-_INF, 1, 2], 2, 1.0, 0.3, dtype),
     ]
 
 
@@ -290,8 +296,8 @@ def _label_ruled_out(dtype: Any = np.float64) -> list[Case]:
 def _absent_terms(dtype: Any = np.float64) -> list[Case]:
     """An infinite term whose factor is 0: CE at alpha = 0, the divergence at alpha = 1."""
     return [
-        case([1, -_INF, 0.5], [0, -_INF, 2], 1, 2.0, 0.0, dtype),
         case([1, -_INF, 0.5], [0, 1, 2], 0, 2.0, 1.0, dtype),
+        case([1, -_INF, 0.5], [0, -_INF, 2], 1, 2.0, 0.0, dtype),
         case([1, 2, 0.5], [0, -_INF, 2], 1, 2.0, 1.0, dtype),
     ]
 
@@ -339,6 +345,7 @@ FIXTURES: dict[str, Callable[[], tuple[Case, ...]]] = {
         "shared -inf": _shared,
         "teacher -inf": _teacher_rules_out,
         "student -inf": _student_rules_out,
+        "each -inf": _each_rules_out,
         "label -inf": _label_ruled_out,
         "absent terms": _absent_terms,
         "not finite": _not_finite,
@@ -347,7 +354,7 @@ FIXTURES: dict[str, Callable[[], tuple[Case, ...]]] = {
         "large, float32": lambda: _large(np.float32) + _confident(np.float32),
         "-inf, float32": lambda: (
             _shared(np.float32) + _teacher_rules_out(np.float32) + _student_rules_out(np.float32)
-            + _label_ruled_out(np.float32)
+            + _each_rules_out(np.float32) + _label_ruled_out(np.float32)
         ),
     }.items()
 }  # fmt: skip

@@ -892,6 +892,14 @@ falsifier(
 )(_both)
 
 falsifier(
+    "F-KD-SUPPORT-EACH",
+    "Where each rules out a class that the other allows, values are exact, +inf where the divergence is, never NaN.",
+    reference="KL(p || q) is +inf by one class, and 0 by the other",
+    fixtures=("each -inf",),
+    needs=("neg_inf", "distillation"),
+)(_both)
+
+falsifier(
     "F-KD-SUPPORT-LABEL",
     "The cross-entropy of a label that the student rules out is +inf, its gradient softmax(s) less one at the label.",
     reference="CE = -log 0; a clamp would make a finite loss of it",

@@ -234,14 +234,16 @@ def _smallest(
 
 
 def _support(case: Case) -> tuple[bool, ...]:
-    """Who rules classes out: what a smaller counterexample must share, or it would be one of something else."""
+    """Who rules classes out, and which terms count: what a smaller one must share, or it would show something else."""
     s, t = case.student == -np.inf, case.teacher == -np.inf
     labels = np.clip(case.labels, 0, case.shape[1] - 1)
     hit = np.take_along_axis(s, labels[:, None], 1).any()
     logits = np.concatenate([case.student, case.teacher])
     no_row = not np.isfinite(logits).any(axis=-1).all()
     no_number = bool((np.isnan(logits) | (logits == np.inf)).any())
-    return bool((s & t).any()), bool((s & ~t).any()), bool((t & ~s).any()), bool(hit), no_row, no_number
+    ruled_out = bool((s & t).any()), bool((s & ~t).any()), bool((t & ~s).any()), bool(hit)
+    terms = (case.alpha > 0, case.alpha < 1) if any(ruled_out) else ()
+    return *ruled_out, no_row, no_number, *terms
 
 
 def _kind(finding: Finding) -> tuple[bool, str]:
