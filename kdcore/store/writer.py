@@ -100,7 +100,7 @@ class LogitStoreWriter:
     temperatures : sequence of float
         At which "topk" and "sampled" can be read. 1 is always among them. "dense" and "hidden" rows can be used at any.
     capacity : int
-        Rows that the shard can hold; a row is 250 to 300 bytes with k = 64. The disk space is reserved at once.
+        Rows that the shard can hold; a row is 250 to 320 bytes with k = 64. The disk space is reserved at once.
     block_rows : int, optional
         Rows that share a checksum, and are checked when the first of them is read; by default about 256 KiB.
     value_dtype : {"float16", "bfloat16", "float32"}
