@@ -65,6 +65,12 @@ def test_round_trip(dtype, compression, address, dataset, path):
     np.testing.assert_array_equal(read, logits.astype(dtype).astype(np.float32))
 
 
+def test_large_arrays_begin_at_pages(path):
+    save_teacher_logits(path, np.zeros((1000, 7), np.float32))
+    with h5py.File(path) as file:
+        assert file["logits"].id.get_offset() % 4096 == 0
+
+
 def test_dtype_is_kept_by_default(path):
     for dtype in DTYPES:
         save_teacher_logits(path, some_logits().astype(dtype))
@@ -569,6 +575,9 @@ SHAPE = {"n_rows": 3, "vocab_size": 7, "dtype": np.float32}
         ([iter([np.zeros((3, 7), int)])], SHAPE, DTypeError, "the dtype of logits must be float16"),
         ([blocks_that_fail()], SHAPE, OSError, "the teacher's disk is gone"),
         ([iter([some_logits(3)])], {}, ShapeError, "needs n_rows (or input_ids), vocab_size and dtype"),
+        ([iter([some_logits(3)])], SHAPE | {"n_rows": None}, ShapeError, "needs n_rows (or input_ids), vocab_size"),
+        ([iter([some_logits(3)])], SHAPE | {"vocab_size": None}, ShapeError, "needs n_rows (or input_ids), vocab_size"),
+        ([iter([some_logits(3)])], SHAPE | {"dtype": None}, ShapeError, "needs n_rows (or input_ids), vocab_size and"),
         ([np.zeros((2, 3), int)], {}, DTypeError, "must be float16, float32, float64 or bfloat16, got int64"),
         ([np.zeros((2, 3))], {"dtype": np.int8}, DTypeError, "got int8"),
         (

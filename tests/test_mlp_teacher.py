@@ -135,8 +135,9 @@ def test_a_cpu_teacher_has_no_device_logits(tmp_path):
 @pytest.mark.skipif(REASON is None, reason="CUDA can run here")
 def test_cuda_without_a_device_is_an_error(tmp_path):
     save_mlp(tmp_path / "mlp", layers_of(3, 4))
-    with pytest.raises(DeviceUnavailableError, match=r"\w"):
-        MLPTeacher(tmp_path / "mlp", device="cuda")
+    for name in ("mlp", "absent"):  # before the file is read
+        with pytest.raises(DeviceUnavailableError, match=r"\w"):
+            MLPTeacher(tmp_path / name, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
