@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -29,10 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options) or 0
+        status: int = options.run(options) or 0
+        sys.stdout.flush()
+        return status
     except _UsageError as error:
         print(f"kdcore: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output, as ``head`` does, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return 128 + signal.SIGPIPE
     except (KdcoreError, OSError) as error:
         print(f"kdcore: {type(error).__name__}: {error}", file=sys.stderr)
         for note in getattr(error, "__notes__", ()):

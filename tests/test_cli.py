@@ -1,7 +1,9 @@
 """The command kdcore, as a user meets it."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -131,6 +133,18 @@ def test_a_teacher_with_too_few_rows_is_found_before_the_run(folder, capsys):
 def test_missing_files_are_named(tmp_path, capsys):
     assert main(["distill", "--config", str(tmp_path / "none.toml")]) == 1
     assert "none.toml" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        command = [sys.executable, "-m", "kdcore", "info"]
+        run = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writer)
+    assert run.returncode == 128 + signal.SIGPIPE
+    assert run.stderr == ""
 
 
 def test_info_names_both_engines():
