@@ -266,7 +266,7 @@ def _large(dtype: Any = np.float64) -> list[Case]:
 
 
 def _large_and_wide(dtype: Any = np.float64) -> list[Case]:
-    """Logits of a thousand in large vocabularies: they overflow where not the row's maximum, but a chunk's, goes out."""
+    """Logits of a thousand in large vocabularies, which overflow without the row's own maximum taken out."""
     found = []
     for n, V in enumerate((65, 513, 4097, 131073)):
         s, t = np.zeros((2, 3, V))
