@@ -153,11 +153,30 @@ class InLanes(Right):
         return self.total(np.where(p > 0, p * (log_p - log_q), 0))
 
 
+class OneAfterAnother(Right):
+    """Sums in one lane: equal numbers are all rounded the same way, so that the error grows with V, not its root."""
+
+    def log_softmax(self, x):
+        x = x - x.max(axis=-1, keepdims=True)
+        return x - np.log(np.cumsum(np.exp(x), axis=-1, dtype=x.dtype)[:, -1:])
+
+    def divergence(self, log_p, log_q):
+        p = np.exp(log_p)
+        return np.cumsum(np.where(p > 0, p * (log_p - log_q), 0), axis=-1, dtype=p.dtype)[:, -1]
+
+
+class ByLogAddExp(Right):
+    """A log-sum-exp that is rounded after each class, with the size of the logits themselves."""
+
+    def log_softmax(self, x):
+        return x - np.logaddexp.reduce(x, axis=-1, keepdims=True)
+
+
 RIGHT = {
     make.__name__: make()
     for make in (
         Right, ShiftedAfterwards, InFloat64, InLongDouble, FromProbabilities, BaseTwo, Chunked, RowByRow, FusedTerms,
-        InLanes,
+        InLanes, OneAfterAnother, ByLogAddExp,
         Unshifted,
     )
 }  # fmt: skip
@@ -469,7 +488,67 @@ class RunningSum(Right):
         return x - np.log(total).astype(x.dtype)
 
 
+for least in (0.01, 1e-6):
+    patched(f"T of at least {least}", lambda s, t, y, T, a, least=least: right(s, t, y, max(T, least), a))
+outcome("gradients within 5000", gradient=lambda g, *_: np.clip(g, -5000, 5000))
+patched(
+    "-1e4 where the teacher has -inf",
+    lambda s, t, y, T, a: right(
+        s, np.where((t == -INF) & (t > -INF).any(axis=-1, keepdims=True), t.dtype.type(-1e4), t), y, T, a
+    ),
+)
+
 # classes and chunks
+
+
+def maximum_of_the_last(width):
+    class MaximumOfTheLast(Right):
+        """Shifted by the maximum of the last chunk, which another may exceed by more than exp can take."""
+
+        def log_softmax(self, x):
+            m = x[:, (x.shape[-1] - 1) // width * width :].max(axis=-1, keepdims=True)
+            x = x - np.where(np.isfinite(m), m, 0)
+            return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+    return MaximumOfTheLast()
+
+
+for width in (64, 4096, 65536):
+    BUGS[f"maximum of the last chunk of {width}"] = maximum_of_the_last(width)
+
+outcome(
+    "float32 gradients off by 1e-4 in large vocabularies",
+    gradient=lambda g, s, *_: g * np.float32(1.0001) if s.dtype == np.float32 and s.shape[1] > 30_000 else g,
+)
+outcome("128 classes", gradient=lambda g, *_: g * (0.5 if g.shape[1] == 128 else 1))
+outcome("32 rows", gradient=lambda g, *_: g * (0.5 if len(g) == 32 else 1))
+
+# classes and chunks
+
+
+def maximum_of_the_last(width):
+    class MaximumOfTheLast(Right):
+        """Shifted by the maximum of the last chunk, which another may exceed by more than exp can take."""
+
+        def log_softmax(self, x):
+            m = x[:, (x.shape[-1] - 1) // width * width :].max(axis=-1, keepdims=True)
+            x = x - np.where(np.isfinite(m), m, 0)
+            return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+    return MaximumOfTheLast()
+
+
+for width in (64, 4096, 65536):
+    BUGS[f"maximum of the last chunk of {width}"] = maximum_of_the_last(width)
+
+outcome(
+    "float32 gradients off by 1e-4 in large vocabularies",
+    gradient=lambda g, s, *_: g * np.float32(1.0001) if s.dtype == np.float32 and s.shape[1] > 30_000 else g,
+)
+for width in (12, 128, 512):
+    outcome(f"{width} classes", gradient=lambda g, *_, width=width: g * (0.5 if g.shape[1] == width else 1))
+for rows in (8, 32, 100):
+    outcome(f"{rows} rows", gradient=lambda g, *_, rows=rows: g * (0.5 if len(g) == rows else 1))
 
 
 def tail_dropped(width):

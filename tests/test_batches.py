@@ -463,6 +463,7 @@ def draw(source, count):
 @pytest.mark.parametrize("before", [0, 1, 5, 6, 7, 13])
 def test_a_restored_source_gives_the_same_batches(make_source, before):
     source = make_source()
+    assert (source.state()["epoch"], source.state()["position"]) == (0, 0)
     draw(source, before)
     state = source.state()
     expected = draw(source, 15)

@@ -158,6 +158,16 @@ def test_each_planted_bug_is_falsified_with_a_counterexample_that_shows_it(name)
             assert not same(found, expected)
 
 
+def test_a_call_that_fails_in_one_way_is_told_once():
+    report = falsify(lambda s, t, y, T, a: (1.0, s, 2), features=["float64", "distillation"], max_examples=0)
+    assert len(report.failed) > 5
+    text = report.text(passed=False)
+    assert text.count("It must return (loss, gradient), got tuple of 3") == 1
+    assert text.count("As F-KD-FORM: it must return (loss, gradient), got tuple of 3") == len(report.failed) - 1
+    assert report._repr_html_().count("As F-KD-FORM") == len(report.failed) - 1
+    assert all("loss_and_gradient(s, t, y, T, a)" in result.counterexample for result in report.failed)
+
+
 def test_there_are_enough_bugs():
     assert len(BUGS) > 120 and len(RIGHT) >= 8
 

@@ -816,17 +816,60 @@ def test_d15_rows_are_counted_on_both_sides(method, alpha, which, change, tmp_pa
         ).execute()
 
 
-def test_d15_a_student_that_goes_wrong_after_the_first_validation(tmp_path):
+@pytest.mark.parametrize("per_position", [False, True])
+def test_d15_a_student_that_goes_wrong_after_the_first_validation(per_position, tmp_path):
     class Tiring(LogitStudent):
         forwards = 0
 
-        def logits_for_batch(self, input_ids):
+        def tired(self, answer):
             self.forwards += 1
-            logits = super().logits_for_batch(input_ids)
-            return np.concatenate([logits, logits]) if self.forwards == 4 else logits  # the first step's forward
+            return np.concatenate([answer, answer]) if self.forwards == 4 else answer  # the first step's forward
+
+        def logits_for_batch(self, input_ids):
+            return self.tired(super().logits_for_batch(input_ids))
+
+        def logits_per_position(self, input_ids):
+            logits, mask = super().logits_per_position(input_ids)
+            return self.tired(logits), mask
 
     with pytest.raises(ShapeError, match="the student must return logits for the 4 rows of the batch, got 8"):
-        pipeline(tmp_path / "run", student=Tiring(V, context=1)).execute()
+        pipeline(
+            tmp_path / "run", student=Tiring(V, context=1), per_position=per_position,
+            batches=arrays(per_position=per_position),
+        ).execute()  # fmt: skip
+
+
+def test_held_out_rows_are_worked_in_pieces(tmp_path, monkeypatch):
+    class Counting(Bigram):
+        asked = ()
+
+        def logits_for_batch(self, input_ids):
+            self.asked = (*self.asked, len(input_ids))
+            return super().logits_for_batch(input_ids)
+
+    def asked(elements):
+        monkeypatch.setattr("kdcore.pipeline._EVALUATION_ELEMENTS", elements)
+        teacher = Counting()
+        pipeline(tmp_path / str(elements), teacher=teacher, max_steps=1, allow_degenerate=True).execute()
+        return teacher.asked
+
+    # The held-out rows, of them the first piece by which the teacher is known, a batch, the held-out rows again.
+    assert asked(1 << 20) == (10, 10, 4, 10)
+    assert asked(6 * V) == (6, 4, 6, 4, 6, 4)
+    assert asked(V) == (4, 4, 2, 4, 4, 4, 4, 2)  # no fewer than a batch
+
+
+def test_what_a_student_gives_for_padding_may_be_nan(tmp_path):
+    class Padded(LogitStudent):
+        def logits_per_position(self, input_ids):
+            logits, mask = super().logits_per_position(input_ids)
+            return np.where(mask[..., None], logits, np.float32(np.nan)), mask
+
+    run = pipeline(
+        tmp_path / "run", teacher=RaggedTeacher(), student=Padded(V, context=1), batches=RaggedSource(),
+        per_position=True, batch_size=2, max_steps=1,
+    )  # fmt: skip
+    assert np.isfinite(run.execute().metrics["final_loss"])
 
 
 def test_labels_must_have_the_form_of_the_run(tmp_path):

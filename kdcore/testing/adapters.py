@@ -109,6 +109,8 @@ def torch_loss(function: Callable[..., Any], *, reduction: str = "none") -> Loss
         torch = _needed("torch")
         student = torch.from_numpy(s).requires_grad_()
         loss = function(student, torch.from_numpy(t), torch.from_numpy(y), temperature, alpha)
+        if not isinstance(loss, torch.Tensor):
+            raise TypeError(f"torch_loss wants a function that returns its loss, a tensor, got {type(loss).__name__}")
         (gradient,) = torch.autograd.grad(loss.sum(), student, allow_unused=True)
         gradient = torch.zeros_like(student) if gradient is None else gradient
         return loss.detach().numpy(), gradient.numpy()

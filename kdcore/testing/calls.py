@@ -56,7 +56,8 @@ class Calls:
         try:
             loss, gradient = result
         except (TypeError, ValueError):
-            raise BrokenCallError(f"it must return (loss, gradient), got {type(result).__name__}", "result") from None
+            got = f"{type(result).__name__}{f' of {len(result)}' if isinstance(result, tuple | list) else ''}"
+            raise BrokenCallError(f"it must return (loss, gradient), got {got}", "result") from None
         found = []
         for name, value, shape in (("loss", loss, student.shape[:1]), ("gradient", gradient, student.shape)):
             try:

@@ -61,10 +61,12 @@ class Case:
         """The exact answer, and the allowed errors.
 
         Those are the bounds of :mod:`kdcore.testing.bounds`, widened by what it costs to round the scaled logits a
-        few times, and the log-probabilities once, in the logits' own type, and sums of V numbers 4 sqrt(V) + V / 16
-        times: an implementation may divide by T before it takes the maximum out, may pass through a log-softmax, and
-        may add one number after another, in chunks or in the lanes of a vector. That is little for a few small logits,
-        and for logits of 1e4 it is what their last digit stands for.
+        few times, and the log-probabilities once, in the logits' own type, and sums of n numbers 4 sqrt(n) + n times,
+        n as the classes that are not lost beside the largest: an implementation may divide by T before it takes the
+        maximum out, may pass through a log-softmax, and may add one number after another, in chunks or in the lanes of
+        a vector. Equal numbers, added one after another, are all rounded the same way, so that nothing below n
+        roundings would do; nor below n / 4 of the logits' own size where ``numpy.logaddexp`` adds them up. That is
+        little for a few small logits, and for logits of 1e4 it is what their last digit stands for.
         """
         key = repr(divergence)
         if key not in self._known:
@@ -77,8 +79,8 @@ class Case:
             limits = exact.bounds(self.student, self.teacher, self.temperature, self.alpha, divergence)
         name = working_dtype(self.student.dtype)
         largest = _largest(self.student) + (_largest(self.teacher) if self.alpha < 1 else 0)
-        V = self.shape[1]
-        digits = 4 * largest * max(1.0, 1 / self.temperature) + 2 * np.log(V) + 4 * np.sqrt(V) + V / 16
+        n = self._added(_ROUNDOFF[name])
+        digits = (4 + n / 4) * largest * max(1.0, 1 / self.temperature) + 2 * np.log(self.shape[1]) + 4 * np.sqrt(n) + n
         wider = 1 + _ROUNDOFF[name] / GRADIENT[name] * digits
         absolute = loss_bound(self.student.dtype, 0.0, temperature=self.temperature, alpha=self.alpha)
         size = np.where(np.isfinite(exact.loss), np.abs(exact.loss), 0).astype(np.float64)
@@ -88,6 +90,16 @@ class Case:
         if kind == "alpha" and self.alpha < 1:  # a sum near 1, less 1, over a (1 - a)
             loss = loss + absolute * wider / (a * (1 - a))
         return Judgement(exact, loss, limits.gradient * wider)
+
+    def _added(self, roundoff: float) -> Any:
+        """How many classes of each row [B] count in a sum; the others are together less than it is rounded by."""
+        least = np.log(roundoff / self.shape[1])
+        hottest = max(self.temperature, 1.0 if self.alpha > 0 else 0.0)
+        counted = np.zeros(self.shape, bool)
+        with np.errstate(invalid="ignore", over="ignore"):
+            for logits, T in ((self.student, hottest), (self.teacher, self.temperature))[: 1 + (self.alpha < 1)]:
+                counted |= logits - logits.max(axis=-1, keepdims=True) > least * T
+        return counted.sum(axis=-1)
 
     @property
     def code(self) -> str:
@@ -141,8 +153,9 @@ _TEMPERATURES = (0.05, 0.5, 0.9, 1.0, 1.7, 2.0, 3.0, 4.0, 7.3, 20.0, 100.0)
 _ALPHAS = (0.0, 0.5, 1.0, 0.1, 0.7, 0.999, 0.001)
 #: Widths around those of vectors, warps and blocks, powers of two, and vocabularies of language models.
 _WIDTHS = (
-    5, 7, 8, 9, 15, 16, 17, 31, 33, 51, 63, 64, 65, 100, 101, 127, 129, 255, 256, 257, 500, 513, 1000, 1023, 1024, 1025,
-    2047, 2049, 4095, 4096, 4097, 8193, 16385, 32000, 32769, 50257, 65535, 65536, 65537, 131073, 151936,
+    5, 6, 7, 8, 9, 10, 12, 15, 16, 17, 31, 32, 33, 51, 63, 64, 65, 100, 101, 127, 128, 129, 255, 256, 257, 500, 512,
+    513, 1000, 1023, 1024, 1025, 2047, 2048, 2049, 4095, 4096, 4097, 8193, 16385, 32000, 32769, 50257, 65535, 65536,
+    65537, 131073, 151936,
 )  # fmt: skip
 _INF = np.inf
 
@@ -202,7 +215,7 @@ def _special(dtype: Any = np.float64) -> list[Case]:
 def _rows(dtype: Any = np.float64) -> list[Case]:
     """Batches around the sizes of blocks, in which every row is different."""
     found = []
-    for B in (7, 16, 33, 64, 65, 129, 257, 1025):
+    for B in (7, 8, 10, 16, 32, 33, 64, 65, 100, 128, 129, 257, 1025):
         rows = np.arange(B)
         s = np.stack([rows % 7, rows % 5, rows % 3], axis=1)
         t = np.stack([rows % 4, rows % 9, rows % 2], axis=1)
@@ -247,8 +260,42 @@ def _large(dtype: Any = np.float64) -> list[Case]:
             case([size, 0, 1], [0, size, 1], 2, 100.0, 0.0, dtype),
             case([0, 3, size / 2], [size, 0, 0], 1, 1000.0, 0.1, dtype),
             case([size, -size], [-size, size], 0, size / 4, 0.0, dtype),
+            case([size, -size], [-size, size], 0, size * 2, 0.0, dtype),
         ]
     return found
+
+
+def _large_and_wide(dtype: Any = np.float64) -> list[Case]:
+    """Logits of a thousand in large vocabularies, which overflow without the row's own maximum taken out."""
+    found = []
+    for n, V in enumerate((65, 513, 4097, 131073)):
+        s, t = np.zeros((2, 3, V))
+        for row, place in enumerate((0, V // 2, V - 1)):
+            s[row, place], t[row, place] = 1000.0, 998.0
+        s[:, 1], t[:, 1] = 999.0, 1000.0
+        found.append(case(s, t, [V - 1, 0, 1], (1.0, 0.5)[n % 2], 0.3, dtype))
+    return found
+
+
+def _wide_and_sure(dtype: Any = np.float64) -> list[Case]:
+    """Large vocabularies of which a few classes count, here and there: their sums are hardly rounded, in any order."""
+    found = []
+    for n, V in enumerate((1024, 4097, 32001, 65537, 151936)):
+        T = (1.0, 2.0)[n % 2]
+        s, t = np.full((2, 1, V), -35 * T)
+        places = [0, 1, V // 3, V // 2, V - 2, V - 1]
+        s[0, places], t[0, places] = [1, -1, 0.5, 2, 0, 1.5], [0, 2, 1, -1, 1.5, 0.5]
+        found.append(case(s, t, V - 1, T, (0.0, 0.3)[n % 2], dtype))
+    return found
+
+
+def _cold(dtype: Any = np.float64) -> list[Case]:
+    """Temperatures near 0, which a clamp of T at 0.01 or 1e-6 would raise."""
+    return [
+        case([[1, 2, 3], [2, 2, 0]], [[3, 1, 0], [0, 1, 1]], [0, 1], temperature, alpha, dtype)
+        for temperature in (0.02, 0.001, 1e-4, 1e-7)
+        for alpha in (0.0, 0.3)
+    ]
 
 
 def _shared(dtype: Any = np.float64) -> list[Case]:
@@ -267,6 +314,9 @@ def _teacher_rules_out(dtype: Any = np.float64) -> list[Case]:
         case([1, 2, 0.5], [0, -_INF, 2], 0, 2.0, 0.0, dtype),
         case([1, 2, 0.5], [-_INF, 1, -_INF], 1, 1.0, 0.3, dtype),
         case([[1, 2, 0], [1, 2, 0]], [[0, 1, -_INF], [0, 1, 2]], [2, 1], 4.0, 0.5, dtype),
+        # -1e4 or -65504 in the place of -inf is no small number at such temperatures.
+        case([1, 2, 0.5], [0, -_INF, 2], 0, 2000.0, 0.0, dtype),
+        case([1, 2, 0.5], [0, -_INF, 2], 0, 10000.0, 0.3, dtype),
     ]
 
 
@@ -340,6 +390,8 @@ FIXTURES: dict[str, Callable[[], tuple[Case, ...]]] = {
         "wide": _wide,
         "confident": _confident,
         "large": _large,
+        "large and wide": _large_and_wide,
+        "cold": _cold,
         "single class": _single,
         "tokens": _tokens,
         "shared -inf": _shared,
@@ -350,7 +402,7 @@ FIXTURES: dict[str, Callable[[], tuple[Case, ...]]] = {
         "absent terms": _absent_terms,
         "not finite": _not_finite,
         "ordinary, float32": lambda: _generic(np.float32) + _special(np.float32) + _rows(np.float32)[:4],
-        "wide, float32": lambda: _wide((*_WIDTHS[::3], 131073), np.float32),
+        "wide, float32": lambda: _wide((*_WIDTHS[::3], 131073), np.float32) + _wide_and_sure(np.float32),
         "large, float32": lambda: _large(np.float32) + _confident(np.float32),
         "-inf, float32": lambda: (
             _shared(np.float32) + _teacher_rules_out(np.float32) + _student_rules_out(np.float32)

@@ -931,8 +931,8 @@ falsifier(
 falsifier(
     "F-KD-LARGE-LOGITS",
     "Logits of up to 1e4 neither overflow nor are cut, and large gradients stay as large as they are.",
-    reference="softmax without its maximum taken out; clipped logits; clipped gradients",
-    fixtures=("large",),
+    reference="softmax without its maximum, or with that of a chunk, taken out; clipped logits; clipped gradients",
+    fixtures=("large", "large and wide"),
     search={"scales": (100.0, 1e3, 1e4), "offsets": (0.0, 1e4, -1e4)},
     needs=("large_logits",),
 )(_both)
@@ -981,8 +981,8 @@ for _part_of in ("loss", "gradient"):
     _accuracy(
         _part_of,
         "float64",
-        reference=_BOUNDS,
-        fixtures=("ordinary", "tiny"),
+        reference=f"{_BOUNDS}; temperatures that are clamped from below",
+        fixtures=("ordinary", "tiny", "cold"),
         search={"scales": (0.01, 0.1, 1.0, 3.0, 10.0, 30.0)},
     )
 for _part_of in ("loss", "gradient"):

@@ -121,9 +121,9 @@ class FalsificationReport:
             return f"{paint}{words}{_PLAIN}" if color else words
 
         lines = [painted(_BOLD, self.summary())]
-        for result in self.failed:
+        for result, example in self._told():
             lines += ["", f"{painted(_RED, '✗')} {painted(_BOLD, result.id)}  {result.statement}"]
-            lines += [f"    {line}" for line in (result.counterexample or "").splitlines()]
+            lines += [f"    {line}" for line in example.splitlines()]
         if passed:
             lines.append("")
             for result in self.results:
@@ -133,6 +133,20 @@ class FalsificationReport:
                 lines.append(painted(_DIM, f"- {result.id:<24} not claimed"))
         return "\n".join(lines)
 
+    def _told(self) -> list[tuple[Result, str]]:
+        """What failed, with its counterexample; a call that failed as another did is told once."""
+        told: dict[str, str] = {}
+        found = []
+        for result in self.failed:
+            example = result.counterexample or ""
+            if result.measured == math.inf and result.allowed == 0:
+                note = example.partition("\n")[0]
+                first = told.setdefault(note, result.id)
+                if first != result.id:
+                    example = f"As {first}: {note[:1].lower()}{note[1:]}"
+            found.append((result, example))
+        return found
+
     def __str__(self) -> str:
         return self.text()
 
@@ -141,10 +155,9 @@ class FalsificationReport:
     def _repr_html_(self) -> str:
         """The report for a notebook."""
 
-        def row(mark: str, style: str, result: Result, words: str) -> str:
-            example = ""
-            if result.counterexample:
-                example = f"<pre style='white-space:pre-wrap;margin:4px 0'>{html.escape(result.counterexample)}</pre>"
+        def row(mark: str, style: str, result: Result, words: str, example: str = "") -> str:
+            if example:
+                example = f"<pre style='white-space:pre-wrap;margin:4px 0'>{html.escape(example)}</pre>"
             return (
                 f"<tr><td style='{style}'>{mark}</td><td style='text-align:left;white-space:nowrap'>"
                 f"<code>{html.escape(result.id)}</code></td>"
@@ -152,7 +165,7 @@ class FalsificationReport:
                 f"<td style='text-align:left'>{html.escape(words)}</td></tr>"
             )
 
-        rows = [row("✗", "color:#c00", result, "falsified") for result in self.failed]
+        rows = [row("✗", "color:#c00", result, "falsified", example) for result, example in self._told()]
         rows += [row("✓", "color:#080", result, _margin(result)) for result in self.results if result.passed]
         rows += [row("–", "color:#888", result, "not claimed") for result in self.not_claimed]
         head = "<tr><th></th><th>falsifier</th><th>statement</th><th></th></tr>"
