@@ -280,7 +280,7 @@ def exits(*_):
         (lambda *_: 1 // 0, "It raised ZeroDivisionError: integer division or modulo by zero."),
         (exits, "It raised SystemExit: 3."),
         (lambda s, *_: None, r"It must return (loss, gradient), got NoneType."),
-        (lambda s, *_: (s.sum(axis=-1), s, s), r"It must return (loss, gradient), got tuple."),
+        (lambda s, *_: (s.sum(axis=-1), s, s), r"It must return (loss, gradient), got tuple of 3."),
         (lambda s, *_: (0.5, s), "The loss must have the shape (1,), got (); for the mean over a batch see"),
         (lambda s, *_: (s.sum(axis=-1), s.sum(axis=-1)), "The gradient must have the shape (1, 4), got (1,)."),
         (lambda s, *_: (s.sum(axis=-1), s.astype(int)), "The gradient must be of a float dtype, got int64."),

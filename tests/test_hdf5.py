@@ -265,6 +265,15 @@ def test_read_and_rows(options, path):
         np.testing.assert_array_equal(array.rows(np.array([0, 3])), ROWS[[0, 3]])
 
 
+@pytest.mark.parametrize("shape", [(10,), (3, 10), (2, 3, 10)])
+def test_arrays_of_any_dimensions_in_chunks_that_do_not_divide_them(shape, path):
+    array = np.arange(np.prod(shape), dtype="<f4").reshape(shape)
+    with h5py.File(path, "w") as file:
+        file.create_dataset("logits", data=array, chunks=(*shape[:-1], 4))
+    with SafeFile(path) as file:
+        np.testing.assert_array_equal(file.dataset("logits", dtypes=FLOATS, ndim=len(shape)).read(), array)
+
+
 def test_highly_compressible_data_are_no_bomb(path):
     with h5py.File(path, "w") as file:
         zeros = np.zeros((1024, 8192), "<f4")

@@ -107,6 +107,7 @@ def test_many_chunks(path):
     save_teacher_logits(path, logits, compression="gzip")
     with h5py.File(path) as file:
         assert file["logits"].id.get_num_chunks() > 10
+        assert file["logits"].chunks == (16, 1000)  # of 64 kB
     with HDF5Teacher(path) as teacher:
         order = np.random.default_rng(1).integers(0, 300, 500)
         np.testing.assert_array_equal(teacher.logits_for_batch(order[:, None]), logits[order])

@@ -970,9 +970,13 @@ def test_d5_a_student_that_saves_nothing_is_no_success(tmp_path):
         (classmethod(lambda cls, path: None), "load returned None, which is no student"),
     ],
 )
-def test_d5_d10_a_checkpoint_that_is_not_the_student_is_no_success(load, sentence, tmp_path):
+@pytest.mark.parametrize("per_position", [False, True])
+def test_d5_d10_a_checkpoint_that_is_not_the_student_is_no_success(load, sentence, per_position, tmp_path):
     with pytest.raises(CheckpointError, match=sentence):
-        pipeline(tmp_path / "run", student=broken("Other", load=load)).execute()
+        pipeline(
+            tmp_path / "run", student=broken("Other", load=load), per_position=per_position,
+            batches=arrays(per_position=per_position),
+        ).execute()  # fmt: skip
     assert not (tmp_path / "run" / "student.h5").exists()
     assert not (tmp_path / "run" / "metrics.json").exists()
     assert not [name for name in names(tmp_path / "run" / "checkpoints") if not name.endswith(".part")]

@@ -314,9 +314,10 @@ def _teacher_rules_out(dtype: Any = np.float64) -> list[Case]:
         case([1, 2, 0.5], [0, -_INF, 2], 0, 2.0, 0.0, dtype),
         case([1, 2, 0.5], [-_INF, 1, -_INF], 1, 1.0, 0.3, dtype),
         case([[1, 2, 0], [1, 2, 0]], [[0, 1, -_INF], [0, 1, 2]], [2, 1], 4.0, 0.5, dtype),
-        # -1e4 or -65504 in the place of -inf is no small number at such temperatures.
+        # -1e4 or -65504 in the place of -inf is no small number at such temperatures. alpha = 0, since another
+        # convention's weights of the two terms, 1 to T², leave few digits to the smaller one.
         case([1, 2, 0.5], [0, -_INF, 2], 0, 2000.0, 0.0, dtype),
-        case([1, 2, 0.5], [0, -_INF, 2], 0, 10000.0, 0.3, dtype),
+        case([1, 2, 0.5], [0, -_INF, 2], 0, 10000.0, 0.0, dtype),
     ]
 
 
