@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
 from cuda_engines import BF16, F16, F32, F64, INF, NAN, Device, assert_kd, dtype_name, kd, logits
 
@@ -421,6 +422,20 @@ def test_states_are_the_hosts(dtype, alpha, temperature):
     rounding = {"rtol": 0, "atol": 5e-3} if dtype == BF16 else tolerance
     for ours, other in zip(host_gradients, gradients, strict=True):
         np.testing.assert_allclose(to_host(other).astype(F64), ours.astype(F64), **rounding)
+
+
+@pytest.mark.parametrize("out", [F32, F16, BF16], ids=dtype_name)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=dtype_name)
+def test_gradients_of_states_in_another_dtype(dtype, out):
+    rng = np.random.default_rng(14)
+    s, t, labels = logits(rng, 2, 600, dtype), logits(rng, 2, 600, dtype), np.array([599, 3])
+    student, teacher, classes = to_device(s), to_device(t), to_device(labels)
+    gradient = to_device(np.full(s.shape, NAN, out))
+    state = kdcore.kd_state(student, teacher, classes, 2.0)
+    kdcore.kd_gradient_from_state(state, student, teacher, classes, 0.3, out=gradient)
+    exact = oracle.kd(s.astype(F64), t.astype(F64), labels, 2.0, 0.3).gradient
+    digits = {F32: 1e-6, F16: 1e-3, BF16: 8e-3}[out]
+    np.testing.assert_allclose(to_host(gradient).astype(F64), exact.astype(F64), rtol=digits, atol=digits / 100)
 
 
 def test_states_merge_alike_either_way():
