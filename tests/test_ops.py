@@ -406,6 +406,16 @@ def test_huge_float32_logits_do_not_overflow(T, size, divergence):
             assert_row_operations(student, T)
 
 
+def test_a_difference_that_overflows_where_the_teacher_has_underflowed():
+    """0 times -inf in float32, of finite logits: the divergence is that of the other classes."""
+    s = np.array([[3e38, -3e38, 3e38], [-3e38, 3e38, 0.0]], np.float32)
+    t = np.array([[1.0, -1e5, 0.5], [-1e5, 0.0, -2e5]], np.float32)
+    exact = oracle.kd(s.astype(np.float64), t.astype(np.float64), None, 2.0, 0.0, reduction="none")
+    result = kdcore.kd_loss_and_gradient(s, t, None, 2.0, 0.0, reduction="none")
+    np.testing.assert_allclose(result.loss, exact.loss.astype(np.float64), rtol=1e-6)
+    np.testing.assert_allclose(result.gradient, exact.gradient.astype(np.float64), rtol=1e-5, atol=1e-30)
+
+
 @pytest.mark.parametrize(("T", "teacher_temperature"), [(0.05, 100.0), (100.0, 0.05), (1e-6, 1e6), (1e-20, 1e20)])
 @pytest.mark.parametrize("size", [0.0, 1.0, 3e38])
 def test_huge_ratios_of_temperatures_do_not_overflow(size, T, teacher_temperature):
