@@ -1,4 +1,5 @@
 """Mutants that no test can kill, with the reason: module, the place's text, and what the mutant has there."""
+# ruff: noqa: E501, since lines are quoted whole
 
 __all__ = ["EQUIVALENT"]
 
@@ -207,6 +208,69 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
             "students/logit.py",
             "history = np.pad(padded, ((0, 0), (max(self._context - 1, 0), 0)))",
             "history = np.pad(padded, ((0, 0), (max(self._context - 1, 0), (1))))",
+        ),
+    ],
+    "a factor of 0 leaves the part out of the sum, computed or not": [
+        (
+            "cpu/variants.py",
+            "if target > 0.0:",
+            "if (target >= 0.0):",
+        ),
+    ],
+    "without a gradient no row of it is touched": [
+        (
+            "cpu/launch.py",
+            "g, stride = (arrays[2].flat, arrays[2].stride) if with_gradient else (raw_bits(gradient.reshape(-1)), 0)",
+            "g, stride = (arrays[2].flat, arrays[2].stride) if with_gradient else (raw_bits(gradient.reshape(-1)), (1))",
+        ),
+    ],
+    "of the last argument only the type counts": [
+        (
+            "cpu/sparse.py",
+            "total += load(x, v, 0.0)",
+            "total += load(x, v, (1.0))",
+        ),
+    ],
+    "what alpha leaves out is computed and not returned": [
+        (
+            "cpu/launch.py",
+            "states.finish_kernel(_readable(state), scale, alpha > 0, alpha < 1, teacher_temperature, ce, kl, status)",
+            "states.finish_kernel(_readable(state), scale, (alpha >= 0), alpha < 1, teacher_temperature, ce, kl, status)",
+        ),
+    ],
+    "the masks of the exchange still reach every lane once": [
+        (
+            "cuda/rows.py",
+            "a += cuda.shfl_xor_sync(_ALL_LANES, c, 8)",
+            "a += cuda.shfl_xor_sync(_ALL_LANES, c, (9))",
+        ),
+    ],
+    "there are never more than two": [
+        (
+            "teachers/mlp.py",
+            "first, second = list(names_prefix.values())[:2]",
+            "first, second = list(names_prefix.values())[:(3)]",
+        ),
+    ],
+    "how much is worked at a time changes no result": [
+        (
+            "hdf5.py",
+            "step = max(1, (1 << 24) // max(1, vocab_size * logits.itemsize))",
+            "step = max(1, ((1 >> 24)) // max(1, vocab_size * logits.itemsize))",
+        ),
+    ],
+    "CPython has freed the file's objects by then": [
+        (
+            "hdf5.py",
+            "access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)",
+            "pass",
+        ),
+    ],
+    "at the boundary both texts are right": [
+        (
+            "config.py",
+            'return f"{weight:.2f}" if abs(weight - round(weight, 2)) < 1e-9 else f"{weight:.6g}"',
+            'return f"{weight:.2f}" if (abs(weight - round(weight, 2)) <= 1e-09) else f"{weight:.6g}"',
         ),
     ],
 }
