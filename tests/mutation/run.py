@@ -86,7 +86,7 @@ PARTS = {
         {
             "ops.py": ("test_ops_errors.py", "test_ops.py"),
             "arguments.py": ("test_ops_errors.py", "test_ops.py", "test_sparse_teachers.py", "test_ops_bitwise.py"),
-            "checks.py": ("test_ops_errors.py", "test_ops.py"),
+            "checks.py": ("test_checks.py", "test_ops_errors.py"),
             "states.py": ("test_states.py",),
             "variants.py": ("test_variants.py",),
             "sparse.py": ("test_sparse_teachers.py",),
