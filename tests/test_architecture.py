@@ -251,6 +251,27 @@ def test_public_signatures():
             assert "alpha is the weight of the" in getattr(kdcore, name).__doc__.replace("*", ""), name
 
 
+def test_options_have_the_same_default_everywhere():
+    defaults = {
+        "teacher_temperature": None, "scale_t2": True, "ignore_index": -100, "weights": None, "reduction": "mean",
+        "denominator": None, "tail": "bucket", "out": None, "validate": None, "threads": None, "stream": None,
+        "divergence": "forward_kl", "start": 0, "target_weight": 1.0, "nontarget_weight": 8.0,
+    }  # fmt: skip
+    found = [
+        (name, parameter)
+        for name in kdcore.__all__
+        if inspect.isfunction(getattr(kdcore, name))
+        for parameter in inspect.signature(getattr(kdcore, name)).parameters.values()
+        if parameter.name in defaults and parameter.default is not parameter.empty
+    ]
+    assert {parameter.name for _, parameter in found} == set(defaults)
+    for name, parameter in found:
+        assert (type(parameter.default), parameter.default) == (
+            type(defaults[parameter.name]),
+            defaults[parameter.name],
+        ), f"{name}({parameter})"
+
+
 # --- twins ---------------------------------------------------------------------------------------------------------
 
 

@@ -84,11 +84,11 @@ PARTS = {
     ),
     "ops": Part(
         {
-            "ops.py": ("test_ops_errors.py", "test_ops.py"),
+            "ops.py": ("test_architecture.py", "test_ops_errors.py", "test_ops.py"),
             "arguments.py": ("test_ops_errors.py", "test_ops.py", "test_sparse_teachers.py", "test_ops_bitwise.py"),
             "checks.py": ("test_checks.py", "test_ops_errors.py"),
-            "states.py": ("test_states.py",),
-            "variants.py": ("test_variants.py",),
+            "states.py": ("test_architecture.py", "test_states.py"),
+            "variants.py": ("test_architecture.py", "test_variants.py"),
             "sparse.py": ("test_sparse_teachers.py",),
         },
         0.85,
