@@ -661,3 +661,10 @@ def test_logits_that_rows_cannot_be_made_of(logits, k, error, message):
     if "at least 1" not in message:
         with pytest.raises(error, match=message):
             SampledRows.from_logits(logits, 1, head_k=k)
+
+
+def test_rows_of_logits_are_at_temperature_one_unless_it_is_given():
+    logits = np.log([[0.5, 0.25, 0.25]])
+    for rows in (kdcore.TopKRows.from_logits(logits, 2), kdcore.SampledRows.from_logits(logits, 2, seed=0)):
+        assert rows.temperature == 1.0
+    np.testing.assert_allclose(kdcore.TopKRows.from_logits(logits, 2).log_probs, np.log([[0.5, 0.25]]), rtol=1e-12)
