@@ -258,6 +258,21 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
             "step = max(1, (1 << 24) // max(1, vocab_size * logits.itemsize))",
             "step = max(1, ((1 >> 24)) // max(1, vocab_size * logits.itemsize))",
         ),
+        (
+            "cuda/groups.py",
+            "return min(6, shared_memory // (_KEPT + (3 << 10)))",
+            "return min((7), shared_memory // (_KEPT + (3 << 10)))",
+        ),
+        (
+            "sparse.py",
+            "step = max(1, _CHUNK // classes)",
+            "step = max((2), _CHUNK // classes)",
+        ),
+        (
+            "arguments.py",
+            "return 0 in tuple(array.shape) or all( outer_stride == inner_n * inner_stride for (_, outer_stride), (inner_n, inner_stride) in pairwise(dims) )",
+            "return (0 in tuple(array.shape) and all((outer_stride == inner_n * inner_stride for (_, outer_stride), (inner_n, inner_stride) in pairwise(dims))))",
+        ),
     ],
     "CPython has freed the file's objects by then": [
         (
@@ -271,6 +286,39 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
             "config.py",
             'return f"{weight:.2f}" if abs(weight - round(weight, 2)) < 1e-9 else f"{weight:.6g}"',
             'return f"{weight:.2f}" if (abs(weight - round(weight, 2)) <= 1e-09) else f"{weight:.6g}"',
+        ),
+    ],
+    "all threads have the same results, and any of them may do it": [
+        (
+            "cuda/states.py",
+            "first = cuda.threadIdx.x == 0",
+            "first = (cuda.threadIdx.x != 0)",
+        ),
+        (
+            "cuda/sparse.py",
+            "if is_own and cuda.threadIdx.x == 0:",
+            "if is_own and cuda.threadIdx.x == (1):",
+        ),
+    ],
+    "what forward KL has no use for": [
+        (
+            "cuda/groups.py",
+            "nothing = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)",
+            "nothing = (0.0, 0.0, (1.0), 0.0, 0.0, 0.0)",
+        ),
+    ],
+    "without the part it is not read": [
+        (
+            "cuda/sparse.py",
+            "hard_q, z_h = 0.0, 0.0",
+            "hard_q, z_h = (1.0), 0.0",
+        ),
+    ],
+    "there are no labels": [
+        (
+            "ops.py",
+            "ignore_index=-100,",
+            "ignore_index=(100),",
         ),
     ],
 }
