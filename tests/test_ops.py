@@ -26,6 +26,7 @@ from strategies import (
 )
 
 import kdcore
+import kdcore.cpu as kdcore_cpu
 from kdcore.divergences import NAMES
 from kdcore.testing import bounds
 
@@ -792,3 +793,18 @@ def test_without_validation_bad_rows_of_a_softmax_are_nan(value):
         result = operation(x, validate=False)
         assert np.isnan(result[1]).all()
         same_bits(result[[0, 2]], expected[[0, 2]])
+
+
+def test_a_loss_alone_computes_no_gradient(monkeypatch):
+    rows = []
+    original = kdcore_cpu.kd_rows
+
+    def spy(student, teacher, labels, weights, denominator, objective, gradient, *others):
+        rows.append(gradient.shape[0])
+        return original(student, teacher, labels, weights, denominator, objective, gradient, *others)
+
+    monkeypatch.setattr(kdcore_cpu, "kd_rows", spy)
+    s, t = np.zeros((2, 3, 5))
+    kdcore.kd_loss(s, t, [0, 1, 2], 2.0, 0.5)
+    kdcore.kd_loss_and_gradient(s, t, [0, 1, 2], 2.0, 0.5)
+    assert rows == [0, 3]
