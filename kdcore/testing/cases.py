@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdcore.testing.bounds import GRADIENT, loss_bound, name_and_parameter, working_dtype
 from kdcore.testing.textbook import Exact, kd_rows
@@ -91,7 +92,7 @@ class Case:
             loss = loss + absolute * wider / (a * (1 - a))
         return Judgement(exact, loss, limits.gradient * wider)
 
-    def _added(self, roundoff: float) -> Any:
+    def _added(self, roundoff: float) -> NDArray[np.int64]:
         """How many classes of each row [B] count in a sum; the others are together less than it is rounded by."""
         least = np.log(roundoff / self.shape[1])
         hottest = max(self.temperature, 1.0 if self.alpha > 0 else 0.0)
