@@ -658,8 +658,10 @@ loss is L is allowed, with |vector| the 2-norm:
     an error of the gradient, in norm   w G (alpha (|h| + 1) + (1 - alpha) T S)
 
     A                                   alpha + (1 - alpha) T²
-    w                                   1 + u/G (4 m max(1, 1/T) + 2 ln V + 4 sqrt V + V/16)
+    w                                   1 + u/G ((4 + n/4) m max(1, 1/T) + 2 ln V + 4 sqrt n + n)
     m                                   max of |s|, and where alpha < 1 the max of |t| added
+    n                                   how many classes have s within ln(V/u) max(T, 1) of its maximum (without the 1
+                                        at alpha = 0) or, where alpha < 1, t within ln(V/u) T of its own
     S                                   |p| + |q| for KL(p‖q), |p| + |q| + |g| + |q| |sum of g| for the others;
                                         g = q log(q/p) for KL(q‖p), q log(q/m) / 2 for JSD with m = (p + q) / 2
     float64                             G = 1e-13, R = 1e-12, u = 2^-53

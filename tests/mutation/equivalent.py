@@ -321,6 +321,13 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
             "ignore_index=(100),",
         ),
     ],
+    "only where it begins counts: vectors are read from there, as many as the other row has": [
+        (
+            "cpu/kernels.py",
+            "start, stop = b * BLOCK, b * BLOCK + x.size",
+            "start, stop = b * BLOCK, (b * BLOCK - x.size)",
+        ),
+    ],
 }
 
 EQUIVALENT = {mutant: reason for reason, mutants in _BY_REASON.items() for mutant in mutants}
