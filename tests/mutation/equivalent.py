@@ -230,6 +230,11 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
             "total += load(x, v, 0.0)",
             "total += load(x, v, (1.0))",
         ),
+        (
+            "cpu/sparse.py",
+            "for v in range(0, padded(count, 0.0), lanes_of(0.0)):",
+            "for v in range(0, padded(count, (1.0)), lanes_of(0.0)):",
+        ),
     ],
     "what alpha leaves out is computed and not returned": [
         (
@@ -326,6 +331,13 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
             "cpu/kernels.py",
             "start, stop = b * BLOCK, b * BLOCK + x.size",
             "start, stop = b * BLOCK, (b * BLOCK - x.size)",
+        ),
+    ],
+    "only its type counts": [
+        (
+            "cpu/sparse.py",
+            "like = e[0]",
+            "like = e[(1)]",
         ),
     ],
 }
