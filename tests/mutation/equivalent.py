@@ -223,6 +223,11 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
             "g, stride = (arrays[2].flat, arrays[2].stride) if with_gradient else (raw_bits(gradient.reshape(-1)), 0)",
             "g, stride = (arrays[2].flat, arrays[2].stride) if with_gradient else (raw_bits(gradient.reshape(-1)), (1))",
         ),
+        (
+            "cpu/kernels.py",
+            "g = gradient[i * gradient_stride : i * gradient_stride + (classes if with_gradient else 0)]",
+            "g = gradient[i * gradient_stride : i * gradient_stride + (classes if with_gradient else (1))]",
+        ),
     ],
     "of the last argument only the type counts": [
         (
