@@ -785,6 +785,12 @@ def test_a_cut_tail_that_the_teacher_rules_out_costs_nothing():
     assert teacher.discarded_mass == 0.0
 
 
+def test_d14_nothing_is_cut_from_a_teacher_of_equal_size():
+    teacher = TruncatingTeacher(Bigram(), V)
+    np.testing.assert_array_equal(teacher.logits_for_batch([[1], [2]]), Bigram().table[[1, 2]])
+    assert teacher.discarded_mass == 0.0
+
+
 def test_d14_a_teacher_of_equal_size_is_not_wrapped(tmp_path):
     teacher = Bigram()
     run = pipeline(tmp_path / "run", teacher=teacher, vocabulary="truncate", max_steps=1)
