@@ -345,7 +345,7 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
             "like = e[(1)]",
         ),
     ],
-    "h5py makes them too, and its releases so far keep no times of them": [
+    "h5py makes them too, and the releases that are tested keep no times of them": [
         (
             "hdf5.py",
             "_make_groups(file, dataset)",
