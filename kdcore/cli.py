@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -36,10 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         print(f"kdcore: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read the output, as ``head`` does, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-        return 128 + signal.SIGPIPE
     except (KdcoreError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            return 128 + signal.SIGPIPE
         print(f"kdcore: {type(error).__name__}: {error}", file=sys.stderr)
         for note in getattr(error, "__notes__", ()):
             print(f"  {note}", file=sys.stderr)
@@ -47,6 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("kdcore: interrupted", file=sys.stderr)
         return 130
+
+
+def _reader_has_gone() -> bool:
+    """Whether whoever read the output, as ``head`` does, has read enough; what is left of it is then dropped."""
+    output = 1
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # Python flushes once more when it ends
+    return True
 
 
 class _UsageError(Exception):

@@ -147,6 +147,15 @@ def test_a_reader_that_has_read_enough_is_no_error():
     assert run.stderr == ""
 
 
+def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
+    def broken(_):
+        raise BrokenPipeError("a worker has gone")
+
+    monkeypatch.setattr("kdcore.cli._info", broken)
+    assert main(["info"]) == 1
+    assert "BrokenPipeError: a worker has gone" in capsys.readouterr().err
+
+
 def test_info_names_both_engines():
     shown = subprocess.run([sys.executable, "-m", "kdcore", "info"], capture_output=True, text=True, check=True).stdout
     assert f"kdcore {kdcore.__version__}" in shown

@@ -66,7 +66,8 @@ def test_parts_have_modules_and_tests_that_there_are():
 
 def test_what_is_called_equivalent_is_still_a_mutant():
     for module in {module for module, _, _ in EQUIVALENT}:
-        found = {(mutant.before, mutant.after) for mutant in mutants_of((ROOT / "kdcore" / module).read_text())}
+        source = (ROOT / "kdcore" / module).read_text(encoding="utf-8")
+        found = {(mutant.before, mutant.after) for mutant in mutants_of(source)}
         assert {(before, after) for name, before, after in EQUIVALENT if name == module} <= found
 
 

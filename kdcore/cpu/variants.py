@@ -434,7 +434,6 @@ def standardized_rows(
             loss[part] = kl[part]
         bad = (codes[:, 0] != OK) & ~np.isin(status[part, 0], (LABEL, WEIGHT))
         status[part][bad] = codes[bad]
-        inverse[np.isin(status[part, 0] // 10, (STUDENT // 10, TEACHER // 10))] = 0.0
         _through(z_s, y, x, classes, inverse, objective.alpha, with_hard)
 
     _by_chunks(task, student, gradient, 3, threads)
