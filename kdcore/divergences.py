@@ -10,8 +10,9 @@ What p and q do at 0 (logits of -inf) is said with each; a class that both rule 
 One of your own
 ---------------
 Write phi and q phi' for one class, r being log q - log p: with ``where``, ``log`` and ``exp`` of this module and
-without branches, since one call computes several classes at once. Here Pearson's chi-squared divergence of p from a
-mean m of p and q, the sum of (p - m)² / m, with c as the share of p in m:
+without branches, since one call computes several classes at once. Of logits in float32 or 16 bits p, q and r are
+float32, and so are a formula's constants; a row whose sums are not finite then is worked again in float64. Here
+Pearson's chi-squared divergence of p from a mean m of p and q, the sum of (p - m)² / m, with c as the share of p in m:
 
 >>> import numpy as np, kdcore
 >>> from kdcore.divergences import Divergence, where

@@ -29,6 +29,7 @@ __all__ = [
     "alpha_slope",
     "alpha_term",
     "bound",
+    "converted",
     "cross_entropy",
     "exp",
     "exponent",
@@ -110,6 +111,22 @@ def bound(formula, functions):
     """A copy of a formula that finds ``functions`` (a dict by name) where it says where, fma, log, exp or exprel."""
     names = {**formula.__globals__, **functions}
     return type(formula)(formula.__code__, names, formula.__name__, formula.__defaults__, formula.__closure__)
+
+
+def converted(formula, kind):
+    """A copy of a formula whose constants are what ``kind`` makes of them: literals, globals and closure, if float.
+
+    A literal is a float64 to a compiler, which would make float64 of all that a formula does with float32.
+    """
+
+    def convert(value):
+        return kind(value) if type(value) is float else value
+
+    function = type(formula)
+    code = formula.__code__.replace(co_consts=tuple(map(convert, formula.__code__.co_consts)))
+    names = {name: convert(value) for name, value in formula.__globals__.items()}
+    cells = formula.__closure__ and tuple(type(cell)(convert(cell.cell_contents)) for cell in formula.__closure__)
+    return function(code, names, formula.__name__, formula.__defaults__, cells)
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------

@@ -26,6 +26,23 @@ def close(value, exact, size=None):
     return abs(L(value) - exact) <= TOLERANCE * (abs(exact) if size is None else size) + np.finfo(np.float64).tiny
 
 
+# --- copies of formulas ----------------------------------------------------------------------------------------------
+
+HALF, COUNT = 0.5, 3
+
+
+def test_a_copy_with_constants_of_another_type():
+    eighth = 0.125
+
+    def formula(x, y=0.75):
+        return x, 0.25, HALF, eighth, COUNT, 2, None, y
+
+    assert formulas.converted(formula, np.float32)(0.1) == formula(0.1)
+    types = [type(value) for value in formulas.converted(formula, np.float32)(0.1)]
+    assert types == [float, *[np.float32] * 3, int, int, type(None), float]
+    assert [type(value) for value in formula(0.1)][1:4] == [float] * 3
+
+
 # --- what engines replace --------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,8 @@
    whole row's softmaxes. Forward KL has no such stage.
 3. **spend**: the gradient.
 
-They come in both ways of :mod:`kdcore.cuda.rows`, quick and careful; :func:`questions` has when care is needed.
+They come in both ways of :mod:`kdcore.cuda.rows`, quick and careful; :func:`questions` has when care is needed. By two
+formulas there is the careful one alone: where student and teacher agree but for a constant, so do p and q.
 :func:`stages` makes the functions. A kernel brings the octets, from memory or from shared memory, and the reductions.
 """
 
@@ -148,7 +149,8 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
 
     What they share: ``rates`` of :func:`rates_of`; ``maxima`` = (m_s, m_t) of the row; ``references`` = (m_s, r_s,
     r_t); ``factors`` = (hard, soft_q, soft_p) of :func:`kdcore.formulas.kd_gradient`. By two formulas a class goes by
-    more, ``softmaxes`` = (1 / z_s, 1 / z_t, 1 / (HEADROOM T), 1 / (HEADROOM T_t), log(z_t / z_s), c).
+    more, ``softmaxes`` = (1 / z_s, 1 / z_t, 1 / (HEADROOM T), 1 / (HEADROOM T_t), log(z_t / z_s), c). The sums of terms
+    and of slopes are each in two parts.
     """
     soft, hard, power = parts
     own_sum = hard and power != 1  # at T = 1, the student's sums at T are those at 1
@@ -366,23 +368,24 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
         q = exp2(exponent(d_s, rates[0])) * softmaxes[0]
         r = _log_ratio(d_s, d_t, softmaxes[2], softmaxes[3], softmaxes[4])
         if inside:
-            return np.float64(term(p, q, r, softmaxes[5])), np.float64(slope(p, q, r, softmaxes[5]))
-        return 0.0, 0.0
+            return cast(term(p, q, r, softmaxes[5]), x), cast(slope(p, q, r, softmaxes[5]), x)
+        return cast(0, x), cast(0, x)
 
     @device
-    def weigh(value, mean, x, y, a, b, end, references, rates, softmaxes):
-        """(value, mean) and the terms and slopes of an octet; the class ``end`` and those after it do not count."""
-        p0, q0 = weigh_class(x[0], y[0], a < end, references, rates, softmaxes)
-        p1, q1 = weigh_class(x[1], y[1], a + 1 < end, references, rates, softmaxes)
-        p2, q2 = weigh_class(x[2], y[2], a + 2 < end, references, rates, softmaxes)
-        p3, q3 = weigh_class(x[3], y[3], a + 3 < end, references, rates, softmaxes)
-        p4, q4 = weigh_class(x[4], y[4], b < end, references, rates, softmaxes)
-        p5, q5 = weigh_class(x[5], y[5], b + 1 < end, references, rates, softmaxes)
-        p6, q6 = weigh_class(x[6], y[6], b + 2 < end, references, rates, softmaxes)
-        p7, q7 = weigh_class(x[7], y[7], b + 3 < end, references, rates, softmaxes)
-        value += ((p0 + p1) + (p2 + p3)) + ((p4 + p5) + (p6 + p7))
-        mean += ((q0 + q1) + (q2 + q3)) + ((q4 + q5) + (q6 + q7))
-        return value, mean
+    def weigh(sums, x, y, a, b, end, whole, references, rates, softmaxes):
+        """The sums with the terms and slopes of an octet; the class ``end`` and those after it do not count."""
+        value, low_value, mean, low_mean = sums
+        p0, q0 = weigh_class(x[0], y[0], whole or a < end, references, rates, softmaxes)
+        p1, q1 = weigh_class(x[1], y[1], whole or a + 1 < end, references, rates, softmaxes)
+        p2, q2 = weigh_class(x[2], y[2], whole or a + 2 < end, references, rates, softmaxes)
+        p3, q3 = weigh_class(x[3], y[3], whole or a + 3 < end, references, rates, softmaxes)
+        p4, q4 = weigh_class(x[4], y[4], whole or b < end, references, rates, softmaxes)
+        p5, q5 = weigh_class(x[5], y[5], whole or b + 1 < end, references, rates, softmaxes)
+        p6, q6 = weigh_class(x[6], y[6], whole or b + 2 < end, references, rates, softmaxes)
+        p7, q7 = weigh_class(x[7], y[7], whole or b + 3 < end, references, rates, softmaxes)
+        value, low_value = carry(value, low_value, total((p0, p1, p2, p3, p4, p5, p6, p7)))
+        mean, low_mean = carry(mean, low_mean, total((q0, q1, q2, q3, q4, q5, q6, q7)))
+        return value, low_value, mean, low_mean
 
     @device
     def spend_one(x, y, above_one, references, rates, factors, softmaxes):
@@ -400,7 +403,7 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
             if two_formulas:
                 q = e_s * softmaxes[0]
                 r = _log_ratio(d_s, d_t, softmaxes[2], softmaxes[3], softmaxes[4])
-                g_q, g_p = slope(e_t * softmaxes[1], q, r, softmaxes[5]), q
+                g_q, g_p = cast(slope(e_t * softmaxes[1], q, r, softmaxes[5]), x), q
             else:
                 g_q, g_p = e_s, e_t
         return _kd_gradient(e_h, g_q, g_p, factors[0], factors[1], factors[2])

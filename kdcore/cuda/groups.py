@@ -36,6 +36,7 @@ from kdcore.cuda.kernels import (
     write_results,
 )
 from kdcore.cuda.primitives import (
+    BLANK,
     add,
     bind,
     cast,
@@ -84,7 +85,6 @@ from kdcore.cuda.sweeps import sweeps
 from kdcore.rowstatus import OK, STUDENT, TEACHER
 
 __all__ = [
-    "BLANK",
     "MOST_BLOCKS",
     "MOST_THREADS",
     "PUBLISHED",
@@ -100,8 +100,6 @@ PUBLISHED = 8
 #: More blocks wait for a count. On an H200 reading records while waiting was faster than a count with 4 and 8 blocks a
 #: row, the same within 2 % with 16 and 19, and 5 and 10 % slower with 32 and 38 (benchmarks/LOG.md).
 _FEW_BLOCKS = 8
-#: What records are filled with, as int64, and tickets count from.
-BLANK = -1
 _RECORD = 8 * PUBLISHED
 _WARP = 32
 _ALL_LANES = 0xFFFFFFFF
@@ -148,7 +146,8 @@ def group_kernel(parts, threads, resident):
     soft, hard, _ = parts
     large, no_good = questions(parts)
     rebase = rebase_of(parts)
-    _, _, offsets_of, _, spend_one = sweeps(parts, False)
+    of_rows = sweeps(parts, False)
+    offsets_of, spend_one = of_rows.offsets_of, of_rows.spend_one
     #: Classes from one octet of a thread to its next, and bytes of shared memory between the halves of an octet.
     step, half = 8 * threads, 16 * threads
     nothing = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)

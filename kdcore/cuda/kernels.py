@@ -15,10 +15,12 @@ from numba import cuda, float64
 
 from kdcore import formulas
 from kdcore.cuda.primitives import (
+    BLANK,
     SIMULATOR,
     bind,
     cast,
     device,
+    is_blank,
     itemsize,
     load_real,
     load_stored,
@@ -60,9 +62,9 @@ __all__ = [
 ]
 
 
-def most_threads(wide):
+def most_threads(wide, two_formulas=False):
     """The most threads of a block, and with them the registers that a thread may have: 128 of 512, 255 of 256."""
-    return 256 if wide else 512  # a number of float64 is two registers
+    return 256 if wide or two_formulas else 512  # a number of float64 is two registers
 
 
 _kd_loss = bind(formulas.kd_loss)
@@ -165,29 +167,46 @@ def report_unusable(i, s, t, size, student_is_bad, status, shared):
         report(status, i, (STUDENT if student_is_bad else TEACHER) + condition, v)
 
 
+@device
+def leave(i, results):
+    """Row i is left to the kernel that works in float64; for one thread."""
+    store_stored(results[0] + 8 * i, np.int64(BLANK))
+
+
+@device
+def is_left(i, results):
+    return is_blank(load_stored(results[0] + 8 * i, np.float64(0)))
+
+
 @cache
-def kd_kernel(parts, term, slope, wide):
+def kd_kernel(parts, term, slope, wide, left=False):
     """The row kernel of an objective's parts and of its divergence's formulas, None for forward KL.
 
-    ``wide``: whether it is to work in float64.
+    ``wide``: whether it is to work in float64. By two formulas, rows whose sums are not finite in float32 are left by
+    the one that works in it to another in float64, which is launched next: for the rows that are ``left``, no others.
     """
     soft, hard, _ = parts
     two_formulas = term is not None
+    leaves = two_formulas and not wide
     sums_of, weights_of, offsets_of, spend_row, spend_one = sweeps(parts, wide, term, slope)
 
-    @kernel_of(most_threads(wide))
+    @kernel_of(most_threads(wide, two_formulas), 3 if leaves else 1)
     def kernel(
         student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
         c, rates, size, like, gradient, results, status,
     ):  # fmt: skip
         """student, teacher, gradient: matrices [B, size]; labels, weights: vectors [B]; denominator: address of [1].
 
-        alpha CE + (1 - alpha) kd_scale D(p, q), its parts and its gradient; c is the parameter of D; rates are
-        those of :func:`kdcore.cuda.distillation.rates_of`.
+        alpha CE + (1 - alpha) kd_scale D(p, q), its parts and its gradient; c is the parameter of D, by two
+        formulas like ``like``; rates are those of :func:`kdcore.cuda.distillation.rates_of`.
         """
         shared = cuda.shared.array(SCRATCH, float64)
         i = np.int64(cuda.blockIdx.x)
         first = cuda.threadIdx.x == 0
+        if left and not is_left(i, results):
+            return
+        if left:
+            cuda.syncthreads()  # all have seen it
         s, t, g = row_at(student, i), row_at(teacher, i), row_at(gradient, i)
         if not given(gradient):
             g = gradient[0], gradient[2], gradient[3]
@@ -210,13 +229,16 @@ def kd_kernel(parts, term, slope, wide):
 
         # By one thread, since on many devices float64 takes long; for the others, in shared memory.
         scale = 0.0
-        if first or two_formulas:
-            scale = weight / load_stored(denominator, np.float64(0))
         if first:
+            scale = weight / load_stored(denominator, np.float64(0))
             x_s, x_h, x_t = offsets_of(maxima, rates)
             of_s, of_h, of_t = exp2_small(x_s), exp2_small(x_h), exp2_small(x_t)
-            hard_q, soft_q, soft_p = factors_of(scale, alpha, kd_scale, temperature, row_s, row_h, row_t)
+            z_s, z_t = (1.0, 1.0) if two_formulas else (row_s, row_t)
+            hard_q, soft_q, soft_p = factors_of(scale, alpha, kd_scale, temperature, z_s, row_h, z_t)
             shared[1, 0], shared[1, 1], shared[1, 2] = hard_q * of_h, soft_q * of_s, soft_p * of_t
+            if two_formulas:
+                shared[1, 6], shared[1, 7], shared[1, 8] = 1.0 / row_s, 1.0 / row_t, math.log(row_t / row_s)
+                shared[1, 9], shared[1, 10] = 1.0 / HEADROOM / temperature, 1.0 / HEADROOM / teacher_temperature
             if hard:  # before the barrier behind which a gradient may take the place of the logits
                 shared[1, 3] = load_real(s[0] + label * s[1], s[2])
                 if soft:
@@ -224,19 +246,23 @@ def kd_kernel(parts, term, slope, wide):
                 shared[1, 5] = row_h / of_h
         cuda.syncthreads()
         factors = (cast(shared[1, 0], like), cast(shared[1, 1], like), cast(shared[1, 2], like))
+        zero = cast(0, like)
+        of_classes = (zero, zero, zero, zero, zero, c)
         value, undefined = np.float64(0), False
-        softmaxes = (np.float64(0), np.float64(0), np.float64(0), np.float64(0), np.float64(0), c)
         if two_formulas:
-            softmaxes = (
-                1.0 / row_s, 1.0 / row_t, 1.0 / HEADROOM / temperature, 1.0 / HEADROOM / teacher_temperature,
-                math.log(row_t / row_s), c,
+            of_classes = (
+                cast(shared[1, 6], like), cast(shared[1, 7], like), cast(shared[1, 9], like), cast(shared[1, 10], like),
+                cast(shared[1, 8], like), c,
             )  # fmt: skip
-            value, mean = weights_of(s, t, size, maxima, rates, softmaxes, adjacent, whole, like, shared)
+            value, mean = weights_of(s, t, size, maxima, rates, of_classes, adjacent, whole, like, shared)
+            if leaves and not (abs(value) < math.inf and abs(mean) < math.inf):
+                if first:
+                    leave(i, results)
+                return
             if math.isnan(value):
                 value = math.inf  # in a usable row NaN is 0 * inf: a class of p = 0 < q whose q has underflowed
             undefined = value == math.inf
-            _, soft_q, soft_p = factors_of(scale, alpha, kd_scale, temperature, 1.0, 1.0, 1.0)
-            factors = (factors[0], cast(soft_q, like), cast(soft_p * mean, like))
+            factors = (factors[0], factors[1], cast(shared[1, 2] * mean, like))
         if first:  # now, since what it takes would take registers from the sweep
             ce, kl = 0.0, 0.0
             if hard:
@@ -252,13 +278,13 @@ def kd_kernel(parts, term, slope, wide):
                 fill_row(g, np.int64(0), size, math.nan)
             else:
                 whole = whole and whole_octets(g) and (adjacent or itemsize(g[2]) != 2)
-                spend_row(s, t, g, size, maxima, rates, factors, softmaxes, adjacent, whole, like)
+                spend_row(s, t, g, size, maxima, rates, factors, of_classes, adjacent, whole, like)
                 if hard:
                     cuda.syncthreads()
                     if first:  # over what the sweep wrote
                         x, y = cast(shared[1, 3], like), cast(shared[1, 4], like)
                         z = cast(shared[1, 5], like)
-                        of_label = spend_one(x, y, z, maxima, rates, factors, softmaxes)
+                        of_label = spend_one(x, y, z, maxima, rates, factors, of_classes)
                         store_real(g[0] + label * g[1], of_label, g[2])
 
     return kernel

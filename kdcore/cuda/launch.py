@@ -8,10 +8,10 @@ import numpy as np
 
 from kdcore.cuda import kernels, sparse, states
 from kdcore.cuda.distillation import parts_of, rates_of
-from kdcore.cuda.groups import BLANK, PUBLISHED, group_kernel, resident_blocks, share_of
+from kdcore.cuda.groups import PUBLISHED, group_kernel, resident_blocks, share_of
 from kdcore.cuda.memory import full
 from kdcore.cuda.plans import plan_of, require_bfloat16, shared_memory, threads_of
-from kdcore.cuda.primitives import SIMULATOR, tag_of
+from kdcore.cuda.primitives import BLANK, SIMULATOR, tag_of
 from kdcore.cuda.streams import as_queue, launch, on_device_of
 from kdcore.errors import MissingDependencyError
 from kdcore.objective import TAILS, UNIFORM, needs_float64
@@ -106,36 +106,42 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
     parts = parts_of(objective.alpha, objective.temperature)
     temperatures = (objective.temperature, objective.teacher_temperature) if parts.soft else (1.0, 1.0)
     term, slope = (divergence.term, divergence.slope) if parts.soft else (None, None)
+    two_formulas = term is not None
     dtypes = (student.dtype, teacher.dtype) if parts.soft else (student.dtype,)
-    # Divergences that go by their two formulas need float64: log q - log p is as large as the logits are apart, and
-    # q (log q - log p) must not lose what a float32 gradient can show.
-    wide = term is not None or needs_float64(dtypes, *temperatures)
-    arguments = (
-        _matrix(student),
-        _matrix(teacher if parts.soft else student),
-        _vector(labels),
-        _vector(weights),
-        int(objective.ignore_index),
-        denominator.address,
-        float(objective.alpha),
-        *map(float, temperatures),
-        float(objective.kd_scale),
-        np.float64(divergence.parameter),  # NumPy's, so that a formula may divide by 0 in the simulator too
-        rates_of(*temperatures, wide),
-        size,
-        _like(wide),
-        _matrix(gradient),
-        (loss.address, ce.address, kl.address),
-        _start(status),
-    )
+    wide = needs_float64(dtypes, *temperatures)
+
+    def arguments_of(wide):
+        return (
+            _matrix(student),
+            _matrix(teacher if parts.soft else student),
+            _vector(labels),
+            _vector(weights),
+            int(objective.ignore_index),
+            denominator.address,
+            float(objective.alpha),
+            *map(float, temperatures),
+            float(objective.kd_scale),
+            np.float32(divergence.parameter) if two_formulas and not wide else np.float64(divergence.parameter),
+            rates_of(*temperatures, wide),
+            size,
+            _like(wide),
+            _matrix(gradient),
+            (loss.address, ce.address, kl.address),
+            _start(status),
+        )
+
     itemsizes = student.dtype.itemsize, (teacher if parts.soft else student).dtype.itemsize
     with on_device_of(stream):
-        _launch_kd(rows, size, itemsizes, parts, term, slope, wide, arguments, stream)
+        _launch_kd(rows, size, itemsizes, parts, term, slope, wide, arguments_of(wide), stream)
+        if two_formulas and not wide:  # of the rows that this has left
+            threads = threads_of(size, kernels.most_threads(True))
+            launch(kernels.kd_kernel(parts, term, slope, True, left=True), rows, threads, stream, *arguments_of(True))
 
 
 def _launch_kd(rows, size, itemsizes, parts, term, slope, wide, arguments, stream):
     """A KD call by the kernel that is chosen for the current device."""
-    plan = plan_of(size, itemsizes, kernels.most_threads(wide), not wide)
+    two_formulas = term is not None
+    plan = plan_of(size, itemsizes, kernels.most_threads(wide, two_formulas), not wide and not two_formulas)
     if plan.kernel == "group":
         # One array, so that one launch fills it: the records and, behind them, the counts.
         published = rows * plan.blocks * PUBLISHED

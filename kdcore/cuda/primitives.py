@@ -44,6 +44,7 @@ import numpy as np
 from numba.core import config
 
 __all__ = [
+    "BLANK",
     "SCRATCH",
     "SIMULATOR",
     "add",
@@ -160,6 +161,8 @@ else:
         words_of_octet,
     )
 
+#: An int64 that says that nothing has been stored yet, as :func:`is_blank` finds it.
+BLANK = -1
 #: Shape of the shared float64 array that reductions of a block need: for each of 32 warps.
 SCRATCH = (7, 32)
 

@@ -156,7 +156,8 @@ def finish_kernel(state, scale, rows, alpha, kd_scale, teacher_temperature, resu
 def gradient_kernel(parts, wide):
     """The kernel of the gradient of a slice's logits, from the states of whole rows; one block a row."""
     soft, hard, _ = parts
-    _, _, offsets_of, spend_row, spend_one = sweeps(parts, wide)
+    of_rows = sweeps(parts, wide)
+    offsets_of, spend_row, spend_one = of_rows.offsets_of, of_rows.spend_row, of_rows.spend_one
 
     @kernel_of(most_threads(wide))
     def kernel(

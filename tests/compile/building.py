@@ -54,11 +54,14 @@ def rates(like):
     return nb.Tuple((*(like,) * 4, nb.float64, nb.float64, *(like,) * 3))
 
 
-def kd_signature(student, teacher, gradient, wide=False, labels=nb.int64, weights=nb.float64):
+def kd_signature(
+    student, teacher, gradient, wide=False, labels=nb.int64, weights=nb.float64, two_formulas=False
+):  # fmt: skip
     """Of ``kernels.kd_kernel``; the first three are names of dtypes."""
+    parameter = nb.float32 if two_formulas and not wide else nb.float64
     return (
         matrix(STORED[student]), matrix(STORED[teacher]), vector(labels), vector(weights), nb.int64, nb.int64,
-        nb.float64, nb.float64, nb.float64, nb.float64, nb.float64, rates(_LIKE[wide]), nb.int64,
+        nb.float64, nb.float64, nb.float64, nb.float64, parameter, rates(_LIKE[wide]), nb.int64,
         _LIKE[wide], matrix(STORED[gradient]),
         nb.UniTuple(nb.int64, 3), nb.int64,
     )  # fmt: skip

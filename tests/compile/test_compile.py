@@ -125,11 +125,14 @@ STORAGES = [
     ),
 )
 def test_two_formulas(divergence, parts, student, teacher, gradient, capability):
-    """In float64, whatever the logits are stored in."""
-    term, slope = TWO_FORMULAS[divergence].term, TWO_FORMULAS[divergence].slope
-    build(
-        kernels.kd_kernel(PARTS[parts], term, slope, True), kd_signature(student, teacher, gradient, True), capability
-    )
+    """In float32, and the rows that are left in float64."""
+    formulas = TWO_FORMULAS[divergence].term, TWO_FORMULAS[divergence].slope
+    wide = "float64" in (student, teacher)
+    signature = kd_signature(student, teacher, gradient, wide, two_formulas=True)
+    build(kernels.kd_kernel(PARTS[parts], *formulas, wide), signature, capability)
+    if not wide:
+        left = kernels.kd_kernel(PARTS[parts], *formulas, True, left=True)
+        build(left, kd_signature(student, teacher, gradient, True), capability)
 
 
 @pytest.mark.parametrize(
@@ -337,13 +340,20 @@ def test_kd_is_launched_as_it_is_built(launched, student, parts, size):
         divergence = as_divergence(name)
         with plans.using(kernel="row"):
             launch_kd(student, teacher, size, divergence, *OBJECTIVES[parts])
-        kernel, threads, arguments = launched.pop()
-        soft = parts != "hard"
-        wide = student == "float64" or (soft and name != "forward_kl")
-        formulas = (divergence.term, divergence.slope) if soft else (None, None)
-        assert kernel is kernels.kd_kernel(PARTS[parts], *formulas, wide)
-        assert arguments == kd_signature(student, teacher if soft else student, student, wide, nb.int32, nb.float32)
-        assert 0 < threads <= most_threads(kernel)
+        soft, wide = parts != "hard", student == "float64"
+        teacher = teacher if soft else student
+        two_formulas = soft and name != "forward_kl"
+        formulas = (divergence.term, divergence.slope) if two_formulas else (None, None)
+        expected = [(kernels.kd_kernel(PARTS[parts], *formulas, wide), wide)]
+        if two_formulas and not wide:
+            expected.append((kernels.kd_kernel(PARTS[parts], *formulas, True, left=True), True))
+        for kernel_of_it, in_float64 in expected:
+            kernel, threads, arguments = launched.pop(0)
+            assert kernel is kernel_of_it
+            types = nb.int32, nb.float32, two_formulas
+            assert arguments == kd_signature(student, teacher, student, in_float64, *types)
+            assert 0 < threads <= most_threads(kernel)
+        assert not launched
 
 
 @pytest.mark.parametrize("size", [4096, 300_000])

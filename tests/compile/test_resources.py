@@ -10,6 +10,7 @@ memory. It is of one of these kinds:
 - copy: of one row from global to shared memory, asynchronously
 - maxima: of what is kept there, without an exponential
 - gather: sums of the row; in the row kernels also maxima, so that exponentials rescale what was added up before
+- weigh: of a divergence by its two formulas, the sums of its terms and slopes
 - spend: the gradient or the output is written
 - spend in place: the gradient takes the place of logits in shared memory, which is for rows that are not aligned
 
@@ -106,12 +107,23 @@ def _cases():
             yield f"forward_kl {stored}, {name}, group", case
     for name in NAMES[1:]:
         divergence = as_divergence(name)
-        kernel = kernels.kd_kernel(parts_of(0.3, 2.0), divergence.term, divergence.slope, True)
-        # In float64 an exponential is no instruction.
-        loops = {"gather": Loop(0), "gather with rest": Loop(0), "spend": Loop(0)}
-        signature = kd_signature("float32", "float32", "float32", True)
-        yield f"{name} float32", Case(dict.fromkeys(CAPABILITIES, kernel), signature, 4, 2, loops, wide=True)
+        for stored in ("float32", "bfloat16") if name == "jsd" else ("float32",):
+            kernel = kernels.kd_kernel(parts_of(0.3, 2.0), divergence.term, divergence.slope, False)
+            weigh, spend = EXPONENTIALS.get(name, (2, 2))
+            loops = {"gather": Loop(2, 2), "weigh": Loop(weigh), "spend": Loop(spend)}
+            signature = kd_signature(stored, stored, stored, two_formulas=True)
+            itemsize = 4 if stored == "float32" else 2
+            yield f"{name} {stored}", Case(dict.fromkeys(CAPABILITIES, kernel), signature, itemsize, 2, loops)
+    divergence = as_divergence("jsd")
+    kernel = kernels.kd_kernel(parts_of(0.3, 2.0), divergence.term, divergence.slope, True, left=True)
+    # In float64 an exponential is no instruction, so that a loop that weighs cannot be told from one that gathers.
+    loops = {"gather": Loop(0, loops=2), "spend": Loop(0)}
+    signature = kd_signature("float32", "float32", "float32", True)
+    yield "jsd float32, left", Case(dict.fromkeys(CAPABILITIES, kernel), signature, 4, 2, loops, wide=True)
 
+
+#: Of a class that is weighed, and of one whose gradient is written; two each but for these.
+EXPONENTIALS = {"reverse_kl": (2, 1), "alpha": (4, 3)}
 
 CASES = dict(_cases())
 
@@ -150,13 +162,15 @@ def _kind_of(loop):
     return "maxima" if has_maxima and not loop["MUFU.EX2"] else "gather"
 
 
-def main_loops(loops, itemsize, rows):
+def main_loops(loops, case):
     """Those of loops that are main ones."""
     for loop in loops:
         wide = sum(count for opcode, count in loop.items() if _is_wide_read(opcode))
         if wide:
             kind = _kind_of(loop)
-            octets = wide / (itemsize / 2) / (1 if kind == "copy" else rows)
+            octets = wide / (case.itemsize / 2) / (1 if kind == "copy" else case.rows)
+            if kind == "gather" and "weigh" in case.loops and loop["MUFU.EX2"] % (8 * octets) == 0:  # none rescales
+                kind = "weigh"
             yield Found(kind + (" with rest" if any(map(_is_narrow, loop)) else ""), octets, loop)
 
 
@@ -175,7 +189,7 @@ def measured(name, capability):
     if local := sorted(opcode for opcode in opcodes if width_of(opcode, "LDL", "STL")):
         faults.append(f"local memory: {', '.join(local)}")
     loops = [loop for function in functions.values() for loop in innermost_loops(function)]
-    found = list(main_loops(loops, case.itemsize, case.rows))
+    found = list(main_loops(loops, case))
     # One that is unrolled for more than two octets has another beside it, for those that are left.
     kinds = dict.fromkeys(loop.kind for loop in found)
     counts = {kind: sum(loop.kind == kind and loop.octets <= 2 for loop in found) for kind in kinds}
