@@ -69,11 +69,15 @@ class Case(NamedTuple):
     wide: bool = False
 
 
+def capabilities_of(stored):
+    """Those that the row kernels are for, of rows stored so."""
+    return CAPABILITIES if stored == "bfloat16" else [OLDEST, *CAPABILITIES]
+
+
 def _cases():
     """(name, case) of the table."""
-    everywhere = dict.fromkeys([OLDEST, *CAPABILITIES])
     for stored in ("float32", "float16", "bfloat16"):
-        devices = [capability for capability in everywhere if capability != OLDEST or stored != "bfloat16"]
+        devices = capabilities_of(stored)
         itemsize = 4 if stored == "float32" else 2
         for name in ("softmax", "log_softmax"):
             spend = Loop(1, loops=2) if name == "softmax" else Loop(0)
@@ -109,11 +113,12 @@ def _cases():
         divergence = as_divergence(name)
         for stored in ("float32", "bfloat16") if name == "jsd" else ("float32",):
             kernel = kernels.kd_kernel(parts_of(0.3, 2.0), divergence.term, divergence.slope, False)
+            kernel = dict.fromkeys(capabilities_of(stored), kernel)
             weigh, spend = EXPONENTIALS.get(name, (2, 2))
             loops = {"gather": Loop(2, 2), "weigh": Loop(weigh), "spend": Loop(spend)}
             signature = kd_signature(stored, stored, stored, two_formulas=True)
             itemsize = 4 if stored == "float32" else 2
-            yield f"{name} {stored}", Case(dict.fromkeys(CAPABILITIES, kernel), signature, itemsize, 2, loops)
+            yield f"{name} {stored}", Case(kernel, signature, itemsize, 2, loops)
     divergence = as_divergence("jsd")
     kernel = kernels.kd_kernel(parts_of(0.3, 2.0), divergence.term, divergence.slope, True, left=True)
     # In float64 an exponential is no instruction, so that a loop that weighs cannot be told from one that gathers.
