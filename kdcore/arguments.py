@@ -5,9 +5,9 @@ them. Letters: B rows (any leading shape), V classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -120,8 +120,9 @@ def as_scaling(reduction: Any, denominator: Any) -> Scaling:
     return Scaling(reduction, denominator)
 
 
-class Settings(NamedTuple):
-    """The scalar arguments of a KD operation."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Settings:
+    """The scalar arguments of a KD operation; the same object for the same arguments, and hashed as that."""
 
     objective: Objective
     scaling: Scaling
@@ -160,10 +161,11 @@ def as_settings(
         temperature, alpha, divergence, teacher_temperature, scale_t2, ignore_index, reduction, denominator, validate,
     )  # fmt: skip
     try:
-        hash(values)
-    except TypeError:
-        return _settings.__wrapped__(*values)  # which says what is wrong with the one that has no hash
-    return _settings(*values)
+        return _settings(*values)
+    except TypeError as error:
+        if isinstance(error, KdcoreError):
+            raise
+    return _settings.__wrapped__(*values)  # which says what is wrong with the one that has no hash
 
 
 # --- arrays --------------------------------------------------------------------------------------------------------
@@ -177,20 +179,25 @@ def _name(dtype: np.dtype) -> str:
 
 def _array(engine: Engine, obj: Any, name: str) -> Any:
     try:
-        return engine.as_array(obj)
+        return engine.as_array(obj, name)
     except KdcoreError as error:
         raise type(error)(f"{name}: {error}") from None
 
 
 def as_logits(engine: Engine, obj: Any, name: str) -> Any:
     array = _array(engine, obj, name)
+    _check_is_logits(array, name)
+    return array
+
+
+def _check_is_logits(array: Any, name: str) -> None:
+    """Whether an array, or the layout of one, can be logits."""
     if _name(array.dtype) not in _LOGIT_DTYPES:
         raise DTypeError(f"{name} must be {', '.join(_LOGIT_DTYPES)}, got dtype {array.dtype}")
     if array.ndim == 0:
         raise ShapeError(f"{name} must have the classes as its last dimension, got a 0-d array")
     if tuple(array.shape)[-1] == 0:
         raise ShapeError(f"{name} must have at least one class, got shape {tuple(array.shape)}")
-    return array
 
 
 def check_same_shape(shape: tuple[int, ...], name: str, expected: tuple[int, ...], reason: str) -> None:
@@ -200,9 +207,17 @@ def check_same_shape(shape: tuple[int, ...], name: str, expected: tuple[int, ...
 
 def as_labels(engine: Engine, obj: Any, lead: tuple[int, ...]) -> Any:
     array = _array(engine, obj, "labels")
+    _check_are_labels(array, lead)
+    return _flat_labels(engine, array)
+
+
+def _check_are_labels(array: Any, lead: tuple[int, ...]) -> None:
     if array.dtype.kind not in "iu" and not (array.size == 0 and array.dtype == np.float64):  # np.asarray([])
         raise DTypeError(f"labels must be integers, got dtype {array.dtype}")
     check_same_shape(array.shape, "labels", lead, "student_logits without its classes")
+
+
+def _flat_labels(engine: Engine, array: Any) -> Any:
     if engine.on_host:
         if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
             raise LabelError(f"labels must be below 2**63, got {array.max()}")
@@ -231,13 +246,23 @@ def _label_error(lead: tuple[int, ...], row: int, label: int, classes: int, igno
 
 def as_weights(engine: Engine, obj: Any, lead: tuple[int, ...], divisor: float | None, check: bool = True) -> Any:
     """Weights, on the host each finite, and if ``check`` their sum and quotients by the divisor too. None: none."""
-    if obj is None:
-        _check_scale(engine, 1.0, divisor, check)
-        return engine.nothing(np.float64)
-    array = _array(engine, obj, "weights")
-    if array.dtype.kind not in "fiu" or not (engine.on_host or array.dtype.name in ("float32", "float64")):
+    array = None
+    if obj is not None:
+        array = _array(engine, obj, "weights")
+        _check_are_weights(array, lead, engine.on_host)
+    return _flat_weights(engine, array, lead, divisor, check)
+
+
+def _check_are_weights(array: Any, lead: tuple[int, ...], on_host: bool) -> None:
+    if array.dtype.kind not in "fiu" or not (on_host or array.dtype.name in ("float32", "float64")):
         raise DTypeError(f"weights must be real numbers, got dtype {array.dtype}")
     check_same_shape(array.shape, "weights", lead, "student_logits without its classes")
+
+
+def _flat_weights(engine: Engine, array: Any, lead: tuple[int, ...], divisor: float | None, check: bool) -> Any:
+    if array is None:
+        _check_scale(engine, 1.0, divisor, check)
+        return engine.nothing(np.float64)
     if not engine.on_host:
         return array.reshape(-1)
     array = np.ascontiguousarray(array, np.float64).reshape(-1)
@@ -262,34 +287,44 @@ def _check_scale(engine: Engine, largest: float, divisor: float | None, check: b
 
 def as_output(engine: Engine, out: Any, shape: tuple[int, ...], itself: str | None, inputs: dict[str, Any]) -> Any:
     """``out``, checked: its shape and dtype, writable, and either the input ``itself`` or disjoint from every input."""
-    if engine.on_host and (isinstance(out, list | tuple) or np.isscalar(out)):
-        raise DTypeError(f"out must be an array, got {type(out).__name__}")
-    array = _array(engine, out, "out")
-    if _name(array.dtype) not in _LOGIT_DTYPES:
-        raise DTypeError(f"out must be {', '.join(_LOGIT_DTYPES)}, got dtype {array.dtype}")
-    check_same_shape(array.shape, "out", shape, "the result")
-    if not engine.memory.is_writable(out if engine.on_host else array):
-        raise AliasError("out must be writable, got a read-only array")
-    if _overlaps_itself(array):
-        raise AliasError(f"out overlaps itself: shape {tuple(array.shape)}, strides {tuple(array.strides)}")
-    for name, obj in inputs.items():
-        if obj is None:
-            continue
-        other = _array(engine, obj, name)
-        if name == itself and engine.memory.same(array, other):
-            continue
-        if engine.memory.overlaps(array, other):
-            raise AliasError(f"out overlaps {name}: it must be the logits themselves or share no element with an input")
+    array = _output(engine, out)
+    _check_is_output(array, shape)
+    others = [None if obj is None else _array(engine, obj, name) for name, obj in inputs.items()]
+    _check_apart(engine, array, itself, tuple(inputs), others)
     return array
 
 
-def _overlaps_itself(array: Any) -> bool:
-    """Whether two elements may share bytes: some stride does not step over all that smaller strides reach."""
-    return _layout_overlaps(tuple(array.shape), tuple(array.strides), array.dtype.itemsize)
+def _output(engine: Engine, out: Any) -> Any:
+    """``out`` as an array of the engine, which may be written."""
+    if engine.on_host and (isinstance(out, list | tuple) or np.isscalar(out)):
+        raise DTypeError(f"out must be an array, got {type(out).__name__}")
+    array = _array(engine, out, "out")
+    if not engine.memory.is_writable(array):
+        raise AliasError("out must be writable, got a read-only array")
+    return array
+
+
+def _check_is_output(array: Any, shape: tuple[int, ...]) -> None:
+    """Whether an array, or the layout of one, can take a result."""
+    if _name(array.dtype) not in _LOGIT_DTYPES:
+        raise DTypeError(f"out must be {', '.join(_LOGIT_DTYPES)}, got dtype {array.dtype}")
+    check_same_shape(array.shape, "out", shape, "the result")
+    if _overlaps_itself(tuple(array.shape), tuple(array.strides), array.dtype.itemsize):
+        raise AliasError(f"out overlaps itself: shape {tuple(array.shape)}, strides {tuple(array.strides)}")
+
+
+def _check_apart(engine: Engine, out: Any, itself: str | None, names: Sequence[str], inputs: Sequence[Any]) -> None:
+    """Whether a result shares no element with an input, unless that is ``itself``, as it is. None: not given."""
+    for k in engine.memory.overlapping(out, inputs):
+        if not (names[k] == itself and engine.memory.same(out, inputs[k])):
+            raise AliasError(
+                f"out overlaps {names[k]}: it must be the logits themselves or share no element with an input"
+            )
 
 
 @lru_cache(maxsize=256)
-def _layout_overlaps(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+def _overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    """Whether two elements may share bytes: some stride does not step over all that smaller strides reach."""
     reach = itemsize
     for stride, n in sorted((abs(stride), n) for stride, n in zip(strides, shape, strict=True) if n > 1):
         if stride < reach:
@@ -309,16 +344,6 @@ def at(name: str, lead: tuple[int, ...], row: int, column: int | None = None) ->
     return f"{name}[{', '.join(map(str, index))}]" if index else name
 
 
-def _mergeable(array: Any) -> bool:
-    """Whether all dimensions but the last can be one, without a copy."""
-    if array.ndim <= 2 or (isinstance(array, np.ndarray) and array.flags.c_contiguous):
-        return True
-    dims = [(n, stride) for n, stride in zip(tuple(array.shape)[:-1], tuple(array.strides)[:-1], strict=True) if n != 1]
-    return 0 in tuple(array.shape) or all(
-        outer_stride == inner_n * inner_stride for (_, outer_stride), (inner_n, inner_stride) in pairwise(dims)
-    )
-
-
 #: All rows.
 ALL = slice(None)
 
@@ -328,8 +353,9 @@ def row_blocks(engine: Engine, lead: tuple[int, ...], arrays: list[Any]) -> list
 
     One block, unless some array's leading dimensions cannot be merged without a copy (a transposed batch).
     """
-    if all([_mergeable(array) for array in arrays]):
-        return [(ALL, [engine.memory.as_rows(array) for array in arrays])]
+    views = engine.memory.rows_of(arrays)
+    if views is not None:
+        return [(ALL, views)]
     inner = math.prod(lead[1:])
     return [
         (slice(i * inner + (rows.start or 0), i * inner + (inner if rows.stop is None else rows.stop)), views)
@@ -368,10 +394,10 @@ def check_gradients(engine: Engine, status: Any, lead: tuple[int, ...], divergen
 def reduced(engine: Engine, results: Any, reduction: str, lead: tuple[int, ...]) -> list[Any]:
     """loss, ce and kl of rows, [3, B], as the caller gets them."""
     if reduction == "none":
-        return [engine.hand_over(results[k].reshape(lead)) for k in range(3)]
+        return engine.hand_over_parts(results, lead)
     totals = engine.empty((3,), np.float64)
     engine.kernels.reduce_rows(results, totals, engine.where)
-    return [engine.hand_over(totals[k]) for k in range(3)]
+    return engine.hand_over_parts(totals, ())
 
 
 # --- teachers without every class ----------------------------------------------------------------------------------
@@ -426,9 +452,13 @@ def as_sparse_rows(engine: Engine, rows: Any) -> tuple[Any, Any, Any, Any]:
         per_row = array.ndim == len(rows.shape)
         if engine.on_host:  # one layout, one compiled kernel
             array = np.ascontiguousarray(array, np.int64 if "i" in kinds else np.float64)
-        elif not _mergeable(array):
+        try:
+            views = [array.reshape(-1)] if per_row else engine.memory.rows_of([array])
+        except ShapeError:
+            views = None
+        if views is None:
             raise ShapeError(f"teacher_logits.{name} must be contiguous, got strides {tuple(array.strides)}")
-        found[name] = array.reshape(-1) if per_row else engine.memory.as_rows(array)
+        found[name] = views[0]
     if isinstance(rows, SampledRows):
         return found["indices"], found["log_weights"], engine.nothing(np.float64), found["n_valid"]
     return found["indices"], found["log_probs"], found["tail_logmass"], found["n_valid"]
@@ -489,6 +519,8 @@ class KDCall(NamedTuple):
     check: bool
     strict: bool
     student: Any
+    #: The shape of the rows.
+    lead: tuple[int, ...]
     #: Without teachers at alpha = 1.
     teachers: list[Any]
     labels: Any
@@ -501,26 +533,23 @@ class KDCall(NamedTuple):
     results: Any
     status: Any
 
-    @property
-    def lead(self) -> tuple[int, ...]:
-        return tuple(self.student.shape)[:-1]
-
-    def parts(self) -> Iterator[tuple[slice, Any, list[Any], tuple[Any, ...]]]:
+    def parts(self) -> list[tuple[slice, Any, list[Any], tuple[Any, ...]]]:
         """Rows [B, V] of the student and of the teachers, and the arguments that follow them in an engine's functions.
 
         All rows at once, or some of them, as the slice says.
         """
-        arrays = [self.student, *self.teachers]
-        wanted = self.gradient is not None
-        nothing = None if wanted else self.engine.nothing(self.student.dtype, (0, self.student.shape[-1]))
-        if wanted:
-            arrays.append(self.gradient)
+        arrays, gradient = [self.student, *self.teachers], self.gradient
+        if gradient is None:
+            gradient = self.engine.nothing(self.student.dtype, (0, self.student.shape[-1]))
+        else:
+            arrays.append(gradient)
+        of_rows = self.labels, self.weights, *self.results, self.status
+        found = []
         for part, (s, *ts) in row_blocks(self.engine, self.lead, arrays):
-            gradient = ts.pop() if wanted else nothing
-            of_rows = self.labels, self.weights, self.results[0], self.results[1], self.results[2], self.status
-            if part is not ALL:
-                of_rows = tuple([array[part] for array in of_rows])
-            yield part, s, ts, (*of_rows[:2], self.divisor, self.objective, gradient, *of_rows[2:], self.engine.where)
+            of_part = gradient if self.gradient is None else ts.pop()
+            y, w, *others = of_rows if part is ALL else [array[part] for array in of_rows]
+            found.append((part, s, ts, (y, w, self.divisor, self.objective, of_part, *others, self.engine.where)))
+        return found
 
     def output(self, check_rows: Callable[[np.ndarray], None] | None = None) -> KDOutput:
         """Raise for rows that could not be used, if it is wanted, and reduce the others.
@@ -573,47 +602,82 @@ def kd_call(
 
     The teachers come by the names that errors call them; ``also_read``: what else ``out`` must not overlap.
     """
-    objective, scaling, validate = settings
-    alpha, ignore_index = objective.alpha, objective.ignore_index
+    (reduction, _), validate = settings.scaling, settings.validate
+    divisor = settings.scaling.divisor
     check = engine.on_host if validate is None else validate
 
-    student = as_logits(engine, student_logits, "student_logits")
+    student = _array(engine, student_logits, "student_logits")
+    found = [None if obj is None else _array(engine, obj, name) for name, obj in teachers.items()]
+    classes = None if labels is None else _array(engine, labels, "labels")
+    scales = None if weights is None else _array(engine, weights, "weights")
+    gradient = _output(engine, out) if with_gradient and out is not None else None
+    arrays = [student, classes, scales, gradient, *found]
+    if engine.on_host:
+        lead = _check_arrays(settings, labels_needed, True, tuple(teachers), *arrays)
+    else:
+        layouts = [None if array is None else array.layout for array in arrays]
+        lead = _check_layouts(settings, labels_needed, False, tuple(teachers), *layouts)
+    shape, rows = tuple(student.shape), math.prod(lead)
+    labels = engine.nothing(np.int64) if classes is None else _flat_labels(engine, classes)
+    weights = _flat_weights(engine, scales, lead, divisor, check)
+
+    if gradient is not None:
+        read = [_array(engine, obj, name) for name, obj in also_read.items()] if also_read else ()
+        names = ("student_logits", "labels", "weights", *teachers, *also_read)
+        _check_apart(engine, gradient, "student_logits", names, (student, classes, scales, *found, *read))
+        if check and engine.on_host:  # before anything is written
+            _check_label_range(labels, weights, lead, shape[-1], settings.objective.ignore_index)
+    elif with_gradient:
+        gradient = engine.empty(shape, student.dtype)
+    if divisor is None and classes is None and scales is None:
+        divisor = float(rows)
+    if divisor is not None:
+        results = engine.empty((3, rows), np.float64)
+        total = engine.number(divisor)
+    else:
+        results, total = engine.scratch_of(((3, rows), (1,)), np.float64)
+        engine.kernels.weight_sum(labels, weights, settings.objective.ignore_index, rows, total, engine.where)
+    status = engine.full((rows, 2), np.int64, 0) if check or engine.on_host else engine.nothing(np.int64, (0, 2))
+    return KDCall(
+        engine, settings.objective, reduction, check, validate is True, student, lead,
+        [array for array in found if array is not None], labels, weights, total, gradient, out, results, status,
+    )  # fmt: skip
+
+
+def _check_arrays(
+    settings: Settings,
+    labels_needed: bool,
+    on_host: bool,
+    names: tuple[str, ...],
+    student: Any,
+    labels: Any,
+    weights: Any,
+    out: Any,
+    *teachers: Any,
+) -> tuple[int, ...]:
+    """Check the arrays of a KD operation against one another, by their shapes, strides and dtypes; the rows' shape."""
+    alpha = settings.objective.alpha
+    _check_is_logits(student, "student_logits")
     shape = tuple(student.shape)  # the simulator's shapes know no negative index
     lead = shape[:-1]
-    rows = math.prod(lead)
-    checked = []
-    for name, obj in teachers.items():
-        if obj is not None:
-            checked.append(as_logits(engine, obj, name))
-            check_same_shape(checked[-1].shape, name, shape, "student_logits")
+    for name, teacher in zip(names, teachers, strict=True):
+        if teacher is not None:
+            _check_is_logits(teacher, name)
+            check_same_shape(teacher.shape, name, shape, "student_logits")
         elif alpha < 1:
             raise DTypeError(f"{name} are needed unless alpha is 1, got None and alpha={alpha}")
-    given = {"student_logits": student_logits, **teachers, **also_read, "labels": labels, "weights": weights}
     if labels is not None:
-        labels = as_labels(engine, labels, lead)
+        _check_are_labels(labels, lead)
     elif labels_needed:
         raise LabelError("labels are needed whatever alpha: they are the target classes; got labels=None")
     elif alpha > 0:
         raise LabelError(f"labels are needed unless alpha is 0, got labels=None and alpha={alpha}")
-    else:
-        labels = engine.nothing(np.int64)
-    weights = as_weights(engine, weights, lead, scaling.divisor, check)
+    if weights is not None:
+        _check_are_weights(weights, lead, on_host)
+    if out is not None:
+        _check_is_output(out, shape)
+    return lead
 
-    gradient = None
-    if with_gradient and out is None:
-        gradient = engine.empty(shape, student.dtype)
-    elif with_gradient:
-        gradient = as_output(engine, out, shape, "student_logits", given)
-        if check and engine.on_host:
-            _check_label_range(labels, weights, lead, shape[-1], ignore_index)  # before anything is written
-    if scaling.divisor is None:
-        divisor = engine.empty((1,), np.float64)
-        engine.kernels.weight_sum(labels, weights, ignore_index, rows, divisor, engine.where)
-    else:
-        divisor = engine.full((1,), np.float64, scaling.divisor)
-    results = engine.empty((3, rows), np.float64)
-    status = engine.full((rows if check or engine.on_host else 0, 2), np.int64, 0)
-    return KDCall(
-        engine, objective, scaling.reduction, check, validate is True, student, checked, labels, weights, divisor,
-        gradient, out, results, status,
-    )  # fmt: skip
+
+#: The same of layouts, which are the same objects in call after call: what has been checked is not checked anew.
+_check_layouts = lru_cache(maxsize=1024)(_check_arrays)

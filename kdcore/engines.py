@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -51,17 +53,17 @@ class Engine:
 
     __slots__ = ("_known", "kernels", "memory", "on_host", "where")
 
-    def __init__(self, name: str, where: Any, known: Any = ()) -> None:
+    def __init__(self, name: str, where: Any, known: Mapping[str, Any] = MappingProxyType({})) -> None:
         self.kernels, self.memory = _modules(name)
         self.where = where
-        #: What has been found of the arrays of a call, by the identity of each.
-        self._known = {id(array.owner): array for array in known}
+        #: What has been found of the arrays of a call, by their names.
+        self._known = known
         #: Whether its arrays are NumPy's, whose values can be looked at without waiting.
         self.on_host = name == "cpu"
 
-    def as_array(self, obj: Any) -> Any:
-        """``obj`` as an array of the engine, without a copy where it is one."""
-        known = self._known.get(id(obj))
+    def as_array(self, obj: Any, name: str) -> Any:
+        """``obj``, that of the call's arrays of this name, as one of the engine; without a copy where it is one."""
+        known = self._known.get(name)
         return self.memory.as_array(obj) if known is None or known.owner is not obj else known
 
     def empty(self, shape: Any, dtype: Any) -> Any:
@@ -71,6 +73,16 @@ class Engine:
         """As :meth:`empty`, of an array that is dropped once the work that uses it is queued."""
         return self.empty(shape, dtype) if self.on_host else self.memory.scratch(shape, dtype, self.where)
 
+    def scratch_of(self, shapes: tuple[tuple[int, ...], ...], dtype: Any) -> list[Any]:
+        """Arrays of these shapes as :meth:`scratch` makes them, in one allocation where that takes time."""
+        if self.on_host:
+            return [self.empty(shape, dtype) for shape in shapes]
+        return self.memory.scratch_of(shapes, dtype, self.where)
+
+    def number(self, value: float) -> Any:
+        """A float64 array [1] of a number that is known."""
+        return self.full((1,), np.float64, value) if self.on_host else self.memory.Number(value, self.where)
+
     def nothing(self, dtype: Any, shape: tuple[int, ...] = (0,)) -> Any:
         """An array without elements, for an argument that is not given."""
         return _nothing(dtype, shape) if self.on_host else self.memory.nothing(dtype, shape)
@@ -78,6 +90,12 @@ class Engine:
     def hand_over(self, array: Any) -> Any:
         """A result as the caller gets it: NumPy's, or of the library whose array came first."""
         return array[()] if self.on_host else self.memory.hand_over(array, self.where)
+
+    def hand_over_parts(self, array: Any, shape: tuple[int, ...]) -> list[Any]:
+        """The parts of a contiguous array that its first dimension counts, in a shape, as :meth:`hand_over` does."""
+        if self.on_host:
+            return [part.reshape(shape)[()] for part in array]
+        return self.memory.hand_over_parts(array, shape, self.where)
 
     def full(self, shape: Any, dtype: Any, value: Any) -> Any:
         return self.memory.full(shape, dtype, value, self.where)
@@ -115,23 +133,27 @@ def engine_of(arrays: dict[str, Any], threads: int | None, stream: Any) -> Engin
         if stream is not None:
             raise DomainError(f"stream={stream!r} is for device arrays; host arrays take threads")
         return _cpu(resolve_threads(threads))
-    host = [name for name, obj in arrays.items() if obj is not None and name not in device]
-    if host:
-        raise DeviceMismatchError(
-            f"arrays must be all on the host or all on a device: {', '.join(device)} on a device, {', '.join(host)} not"
-        )
+    if len(device) < len(arrays):
+        host = [name for name, obj in arrays.items() if obj is not None and name not in device]
+        if host:
+            raise DeviceMismatchError(
+                f"arrays must be all on the host or all on a device: {', '.join(device)} on a device, "
+                f"{', '.join(host)} not"
+            )
     if threads is not None:
         raise DomainError(f"threads={threads!r} is for host arrays; device arrays take stream")
     require_cuda()
-    streams, given = _streams(), {name: arrays[name] for name in device}
-    found = streams.described(given, stream)
-    return Engine("cuda", streams.queue_of(given, stream, found), found.values())
+    streams = _streams()
+    found = streams.described(device, stream)
+    return Engine("cuda", streams.queue_of(device, stream, found), found)
 
 
-def _on_device(arrays: dict[str, Any]) -> list[str]:
-    return [
-        name for name, obj in arrays.items() if obj is not None and not isinstance(obj, np.ndarray) and on_device(obj)
-    ]
+def _on_device(arrays: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: obj
+        for name, obj in arrays.items()
+        if obj is not None and not isinstance(obj, np.ndarray) and on_device(obj)
+    }
 
 
 @cache

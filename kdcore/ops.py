@@ -36,7 +36,7 @@ from kdcore.divergences import Divergence
 from kdcore.engines import engine_of
 from kdcore.errors import DTypeError, LabelError
 from kdcore.formulas import ACTIVATIONS
-from kdcore.sparse import SampledRows, TopKRows
+from kdcore.sparse import SPARSE
 
 __all__ = [
     "cross_entropy",
@@ -47,6 +47,7 @@ __all__ = [
     "linear",
     "log_softmax",
     "logsumexp",
+    "multiply_rows",
     "softmax",
 ]
 
@@ -191,9 +192,14 @@ def _kd(
 ) -> KDOutput:
     """The one way to the engines' ``kd_rows`` and ``sparse_kd_rows``."""
     teachers, sparse = {"teacher_logits": teacher_logits}, {}
-    if isinstance(teacher_logits, TopKRows | SampledRows):
+    inputs = {
+        "student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels, "weights": weights,
+        "out": out,
+    }  # fmt: skip
+    if isinstance(teacher_logits, SPARSE):
         teachers, sparse = {}, {f"teacher_logits.{name}": array for name, array in teacher_logits.arrays().items()}
-    inputs = {"student_logits": student_logits, **teachers, **sparse, "labels": labels, "weights": weights, "out": out}
+        del inputs["teacher_logits"]
+        inputs |= sparse
     engine = engine_of(inputs, threads, stream)
     settings = as_settings(
         temperature=temperature, alpha=alpha, divergence=divergence, teacher_temperature=teacher_temperature,
@@ -466,7 +472,7 @@ def kl_divergence(
     >>> print(round(float(kdcore.kl_divergence(np.zeros(2), np.log([0.25, 0.75]))), 6))
     0.130812
     """
-    if teacher_logits is None or isinstance(teacher_logits, TopKRows | SampledRows):
+    if teacher_logits is None or isinstance(teacher_logits, SPARSE):
         kind = "None" if teacher_logits is None else f"{type(teacher_logits).__name__}, which kd_loss takes"
         raise DTypeError(f"teacher_logits must be an array like student_logits, got {kind}")
     return _kd(
@@ -533,6 +539,28 @@ def cross_entropy(
         threads=threads,
         stream=stream,
     ).loss
+
+
+# --- a loss's backward ---------------------------------------------------------------------------------------------
+
+
+def multiply_rows(rows: Any, factors: Any, *, threads: int | None = None, stream: Any = None) -> None:
+    """rows [..., V] *= factors [...], in place; a row whose factor is 1 is neither read nor written.
+
+    What a gradient is multiplied by, is mostly 1, and on a device only the device knows it: nothing waits for it. The
+    product is that of float32, of float64 for float64 rows, and rounded once.
+    """
+    engine = engine_of({"rows": rows, "factors": factors}, threads, stream)
+    array = as_logits(engine, rows, "rows")
+    lead = tuple(array.shape)[:-1]
+    array = as_output(engine, rows, tuple(array.shape), None, {"factors": factors})
+    scales = engine.as_array(factors, "factors")
+    if scales.dtype.kind != "f":
+        raise DTypeError(f"factors must be floating-point numbers, got dtype {scales.dtype}")
+    check_same_shape(scales.shape, "factors", lead, "rows without their classes")
+    scales = scales.reshape(-1)
+    for part, (x,) in row_blocks(engine, lead, [array]):
+        engine.kernels.multiply_rows(x, scales[part], engine.where)
 
 
 # --- dense layers of a teacher's forward ---------------------------------------------------------------------------

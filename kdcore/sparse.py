@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kdcore.checks import integer, positive_number
 from kdcore.errors import DTypeError, NonFiniteError, ShapeError
 
-__all__ = ["SampledRows", "TopKRows"]
+__all__ = ["SPARSE", "SampledRows", "TopKRows"]
 
 #: Elements of logits that a constructor works on at a time, in float64.
 _CHUNK = 1 << 22
@@ -304,6 +304,10 @@ class SampledRows(_SparseRows):
 
 
 # --- from logits ---------------------------------------------------------------------------------------------------
+
+
+#: The teachers without every class, as ``isinstance`` takes them: to make a union of them takes longer than to ask.
+SPARSE = (TopKRows, SampledRows)
 
 
 def _logits(teacher_logits: Any) -> NDArray[Any]:

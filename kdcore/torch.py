@@ -13,7 +13,7 @@ import numpy as np
 from kdcore import ops
 from kdcore.arguments import Reduction, Tail, as_settings, as_tail
 from kdcore.errors import DTypeError, MissingDependencyError
-from kdcore.sparse import SampledRows, TopKRows
+from kdcore.sparse import SPARSE, SampledRows, TopKRows
 
 try:
     import torch
@@ -43,7 +43,7 @@ def _array(tensor: Any, name: str) -> Any:
 
 def _teacher(teacher_logits: Any) -> Any:
     """The memory of a teacher's logits, or of the tensors that are its rows."""
-    if isinstance(teacher_logits, TopKRows | SampledRows):
+    if isinstance(teacher_logits, SPARSE):
         return teacher_logits.map(lambda array: _array(array, "teacher_logits"))
     return _array(teacher_logits, "teacher_logits")
 
@@ -52,6 +52,10 @@ def _tensor(values: Any, student_logits: torch.Tensor) -> torch.Tensor:
     """Losses as a tensor beside the student: float64 of a float64 student, else float32."""
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     return torch.as_tensor(np.asarray(values) if np.isscalar(values) else values).to(student_logits.device, dtype)
+
+
+#: Fewer elements are multiplied by PyTorch whatever the factor: a device does it in the time of a launch.
+_SMALL = 1 << 20
 
 
 class _KDLoss(torch.autograd.Function):
@@ -82,10 +86,34 @@ class _KDLoss(torch.autograd.Function):
                 "kdcore's KD loss can be differentiated once: backward with create_graph=True is refused"
             )
         (gradient,) = ctx.saved_tensors
-        # On a device the question would wait for it, which takes longer than the product.
-        if grad_output.is_cuda or grad_output.ndim > 0 or grad_output.item() != 1:
-            gradient = gradient * (grad_output[..., None] if grad_output.ndim else grad_output)
-        return gradient.to(ctx.dtype), None, None, None
+        if ctx.dtype != gradient.dtype or _graph_is_kept():
+            # In a pass of its own, by which what is saved stays as it is.
+            factors = grad_output[..., None] if grad_output.ndim else grad_output
+            return torch.mul(gradient, factors, out=torch.empty_like(gradient, dtype=ctx.dtype)), None, None, None
+        # Nobody will ask for it again: it is multiplied where it is, if by anything but 1.
+        _multiply(gradient, grad_output)
+        return gradient, None, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the graph that is being worked may be worked again: with ``retain_graph=True``, or if it is not known."""
+    known = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if known is None else bool(known())
+
+
+def _multiply(gradient: torch.Tensor, factors: torch.Tensor) -> None:
+    """gradient [..., V] *= factors [...] or one factor, in place, without a wait for the device to say whether it is 1.
+
+    The bits are those of PyTorch's product.
+    """
+    if not gradient.is_cuda or gradient.numel() < _SMALL:
+        if gradient.is_cuda or factors.ndim or factors.item() != 1:
+            gradient.mul_(factors[..., None] if factors.ndim else factors)
+        return
+    if not factors.ndim and gradient.dtype == torch.bfloat16:
+        factors = factors.to(gradient.dtype).float()  # which PyTorch rounds so, of a tensor without dimensions
+    rows = gradient.view(-1, gradient.shape[-1])
+    ops.multiply_rows(rows, (factors.reshape(-1) if factors.ndim else factors).expand(rows.shape[0]))
 
 
 @torch.compiler.disable
@@ -111,8 +139,10 @@ def kd_loss(
     **alpha is the weight of the hard cross-entropy**; some libraries mean the opposite. The arguments and errors are
     those of :func:`kdcore.kd_loss_and_gradient`. Tensors are all on the CPU, or all on one CUDA device, where they are
     worked on its current stream. :class:`kdcore.TopKRows` and :class:`kdcore.SampledRows` may be of tensors, where the
-    student is. The teacher is a constant, whether or not its logits require a gradient. Loss and
-    gradient are computed together, in the forward pass, if a gradient can be asked for; the backward pass scales it.
+    student is. The teacher is a constant, whether or not its logits require a gradient. Loss and gradient are computed
+    together, in the forward pass, if a gradient can be asked for. The backward pass multiplies it by what comes from
+    above, where it is, and does not touch it if that is 1; with ``retain_graph=True``, and of float16 logits, whose
+    gradient is float32 until then, the product is another tensor.
 
     Returns
     -------

@@ -5,6 +5,7 @@ good as the library. On a device the libraries themselves are tried by ``benchma
 """
 
 import ctypes
+import dataclasses
 import sys
 from types import SimpleNamespace
 
@@ -67,6 +68,9 @@ class Tensor:
     def as_strided(self, shape, strides, offset):
         flat = self.array.reshape(-1)[offset:]
         return Tensor(np.lib.stride_tricks.as_strided(flat, shape, [s * self.array.itemsize for s in strides]))
+
+    def view(self, shape):
+        return Tensor(self.array.reshape(shape))
 
     def record_stream(self, stream):
         self.recorded.append(stream)
@@ -237,6 +241,97 @@ def test_bfloat16_whatever_it_is_exported_as(rows, kind):
 def test_a_read_only_array_is_no_output(rows):
     with pytest.raises(AliasError, match="out must be writable"):
         kdcore.softmax(Interface(rows[0]), out=Interface(np.empty_like(rows[0]), readonly=True))
+
+
+def test_what_is_remembered_of_arrays_is_not_where_they_are(rows):
+    """Calls with arrays of the same layouts: other values, other places, other rights."""
+    student, teacher, labels = rows
+
+    def call(out, s=student, t=teacher, y=labels, **options):
+        return kdcore.kd_loss_and_gradient(Interface(s), Interface(t), Interface(y), 2.0, 0.3, out=out, **options)
+
+    apart = np.empty_like(student)
+    for k in range(3):
+        s, t, y = student * (k + 1), teacher - k * student, (labels + 100 + k) % 40
+        result = call(Interface(apart), s.astype(np.float32), t, y)
+        other = expected(s.astype(np.float32), t, y)
+        assert apart.tobytes() == raw(other.gradient).tobytes()
+        assert raw(result.loss).tobytes() == raw(other.loss).tobytes()
+    for out, words in (
+        (Interface(teacher), "out overlaps teacher_logits"),
+        (Interface(apart, readonly=True), "writable"),
+    ):
+        with pytest.raises(AliasError, match=words):
+            call(out)
+    both = np.empty((4, 40), np.float32)
+    both[:3] = student
+    with pytest.raises(AliasError, match="out overlaps student_logits"):
+        call(Interface(both[1:]), both[:3])
+    call(Interface(both[:3]), both[:3])  # in place
+    assert both[:3].tobytes() == raw(expected(*rows).gradient).tobytes()
+    with pytest.raises(ShapeError, match="labels must have shape"):
+        call(Interface(apart), y=labels[:2])
+    with pytest.raises(ShapeError, match="labels must have shape"):  # an error is not remembered as none
+        call(Interface(apart), y=labels[:2])
+    with pytest.raises(DTypeError, match="labels must be integers"):
+        call(Interface(apart), y=labels.astype(np.float32))
+    with pytest.raises(ShapeError, match="out must have shape"):
+        call(Interface(apart[:2]))
+    for weights in (np.array([1.0, 0.0, 2.0]), np.array([3.0, 1.0, 1.0], np.float32)):
+        result = call(Interface(apart), weights=Interface(weights))
+        other = kdcore.kd_loss_and_gradient(*rows, 2.0, 0.3, weights=weights)
+        np.testing.assert_allclose(float(raw(result.loss)), float(other.loss), rtol=1e-6)
+
+
+def test_a_number_that_the_program_knows(rows):
+    """It goes to a kernel as it is, and, to one that takes an address, by an array that is made once."""
+    number = memory.Number(4.0, None)
+    out = memory.empty((3,), np.float64, None)
+    nothing = memory.nothing(np.int64), memory.nothing(np.float64)
+    kdcore.cuda.scale_rows(*nothing, -100, number, out, None)
+    assert memory.to_host(out).tolist() == [0.25] * 3
+    assert number.address is number.address
+    on_device = [cuda.to_device(array) for array in rows]
+    for options in ({"reduction": "sum"}, {"reduction": "none"}, {"denominator": 2.5}, {"denominator": 0.1}):
+        ours = kdcore.kd_loss_and_gradient(*on_device, 2.0, 0.3, **options)
+        host = kdcore.kd_loss_and_gradient(*rows, 2.0, 0.3, **options)
+        np.testing.assert_allclose(raw(ours.loss), host.loss, rtol=1e-6)
+        np.testing.assert_allclose(raw(ours.gradient), host.gradient, rtol=1e-5, atol=1e-7)
+    ours = kdcore.kl_divergence(*on_device[:2], 2.0)  # whose rows count, without a mask
+    np.testing.assert_allclose(float(raw(ours)), float(kdcore.kl_divergence(*rows[:2], 2.0)), rtol=1e-6)
+
+
+def test_layouts_are_the_same_objects():
+    x = np.zeros((3, 4, 5), np.float32)
+    layouts = [memory.as_array(Interface(array)).layout for array in (x, x + 1, x[:2], x[:, 1:3], x.astype(np.float64))]
+    assert layouts[0] is layouts[1]
+    assert len(set(map(id, layouts))) == 4
+    assert layouts[0].access is layouts[2].access is not layouts[4].access
+    assert layouts[0].mergeable and layouts[0].rows.shape == (12, 5) and not layouts[3].mergeable
+    assert layouts[0].rows.access is not layouts[4].rows.access
+
+
+def test_parts_of_results_in_any_shape(torch, rows):
+    student, teacher, labels = (np.stack([array, array]) for array in rows)
+    for make in (Interface, cuda.to_device, Tensor):
+        result = kdcore.kd_loss_and_gradient(*map(make, (student, teacher, labels)), 2.0, 0.3, reduction="none")
+        for part in (result.loss, result.ce, result.kl):
+            assert part.shape == (2, 3) and (raw(part)[0] == raw(part)[1]).all()
+    assert (raw(result.loss) > 0).tolist() == [[True, True, False]] * 2
+
+
+@pytest.mark.parametrize("turned", ["indices", "log_probs", "tail_logmass", "n_valid"])
+def test_rows_of_a_sparse_teacher_that_are_not_contiguous(rows, turned):
+    student, teacher, labels = (np.stack([array, array]) for array in rows)
+    of_host = kdcore.TopKRows.from_logits(teacher, 4, 2.0)
+    fields = {name: Cupy(array) for name, array in of_host.arrays().items()}
+    given = [Interface(student), dataclasses.replace(of_host, **fields), Interface(labels), 2.0, 0.3]
+    loss = kdcore.kd_loss(*given)
+    np.testing.assert_allclose(float(raw(loss)), float(kdcore.kd_loss(student, of_host, labels, 2.0, 0.3)), rtol=1e-6)
+    fields[turned] = Cupy(np.asfortranarray(fields[turned].array))
+    given[1] = dataclasses.replace(of_host, **fields)
+    with pytest.raises(ShapeError, match=rf"teacher_logits\.{turned} must be contiguous, got strides"):
+        kdcore.kd_loss(*given)
 
 
 def test_the_stream_that_an_array_was_made_on(rows):

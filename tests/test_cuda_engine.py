@@ -40,6 +40,7 @@ if REASON is None:
     from numba import cuda, float64
 
     from kdcore.cuda import kernels, memory, primitives, rows
+    from kdcore.cuda.arrays import layout_of
     from kdcore.cuda.distillation import parts_of
     from kdcore.cuda.rows import SCRATCH
 
@@ -452,6 +453,40 @@ def test_sums(rows_):
     np.testing.assert_allclose(memory.to_host(second), rows[1].sum(), rtol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("V", [1, 13, 64, 2600])  # the last is two blocks' in the simulator
+def test_rows_times_a_factor_each(V, dtype):
+    """To the last bit, NumPy's product rounded once; what a factor of 1 multiplies is left alone."""
+    wide = np.float64 if dtype == F64 else np.float32
+    rows = np.random.default_rng(16).normal(size=(4, V)).astype(dtype)
+    # A signalling NaN, which any product makes a quiet one.
+    signalling = {2: 0x7C01, 4: 0x7F800001, 8: 0x7FF0000000000001}[dtype.itemsize]
+    rows.view(f"u{dtype.itemsize}")[0, V // 2] = 0x7F81 if dtype == BF16 else signalling
+    factors = np.array([1.0, 0.3, 1.0, -65536.0])
+    for kind in (np.float64, np.float32):
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = (rows.astype(wide) * factors.astype(kind).astype(wide)[:, None]).astype(dtype)
+        for engine in (Host, Device):
+            x = engine.put(rows.copy())
+            engine.kernels.multiply_rows(x, engine.put(factors.astype(kind)), engine.where)
+            result = engine.get(x)
+            assert result[1:].tobytes() == expected[1:].tobytes()
+            assert result[0].tobytes() == rows[0].tobytes()
+        # Not aligned, and with gaps; and one factor for all rows, as an array with a step of nothing.
+        host = np.full((4, 2 * V + 3), 7, dtype)
+        host[:, 3::2] = rows
+        x = memory.to_device(host, None)
+        view = x[:, 3::2]
+        one = memory.to_device(np.full(1, 0.3, kind), None)
+        kdcore.cuda.multiply_rows(view, one.view(one.address, layout_of((4,), (0,), one.dtype)), None)
+        with np.errstate(invalid="ignore"):
+            host[:, 3::2] = (rows.astype(wide) * wide(kind(0.3))).astype(dtype)
+        result = memory.to_host(x)
+        assert result[1:].tobytes() == host[1:].tobytes()
+        assert np.isnan(result[0, 3::2][V // 2]) and (result[0, 4::2] == 7).all()
+    kdcore.cuda.multiply_rows(memory.empty((0, V), dtype, None), memory.empty((0,), np.float32, None), None)
+
+
 @pytest.mark.parametrize("activation", ["identity", "relu", "tanh", "gelu"])
 @pytest.mark.parametrize("B", [0, 1, 3])
 def test_linear(activation, B):
@@ -569,12 +604,12 @@ def test_as_rows():
         (array[:, :, ::2], x[:, :, ::2].reshape(6, 4)),
         (array[:, 1:2], x[:, 1:2].reshape(2, 8)),
     ]:
-        merged = memory.as_rows(view)
+        (merged,) = memory.rows_of([view])
         assert tuple(merged.shape) == expected.shape
         out = memory.empty(expected.shape, np.float64, None)
         kdcore.cuda.softmax_rows(merged, 1.0, out, memory.to_device(np.empty((0, 2), np.int64), None), None)
         np.testing.assert_allclose(memory.to_host(out), oracle.softmax(expected).astype(F64), atol=1e-13)
-    assert tuple(memory.as_rows(memory.to_device(np.zeros((0, 3, 8)), None)).shape) == (0, 8)
+    assert tuple(memory.rows_of([memory.to_device(np.zeros((0, 3, 8)), None)])[0].shape) == (0, 8)
 
 
 def test_overlaps_and_same():

@@ -11,6 +11,7 @@ import pytest
 
 import kdcore
 from kdcore import errors
+from kdcore.ops import multiply_rows
 
 INF, NAN = np.inf, np.nan
 
@@ -332,3 +333,27 @@ def test_inputs_are_left_alone_by_an_error():
         kd(student_logits=student, labels=[0, 3], out=out)
     np.testing.assert_array_equal(out, 5.0)  # labels are checked before anything is written
     np.testing.assert_array_equal(student, 0.0)
+
+
+def test_rows_times_factors():
+    rows, factors = np.arange(12.0).reshape(2, 2, 3), np.array([[1.0, 2.0], [0.5, -1.0]])
+    expected = rows * factors[..., None]
+    assert multiply_rows(rows, factors) is None
+    np.testing.assert_array_equal(rows, expected)
+    turned = np.asfortranarray(rows)
+    multiply_rows(turned, factors.T.copy().T)
+    np.testing.assert_array_equal(turned, expected * factors[..., None])
+    row = np.ones(3, np.float16)
+    multiply_rows(row, np.float32(1 / 3))
+    assert row.tolist() == [float(np.float16(1 / 3))] * 3
+    with pytest.raises(kdcore.ShapeError, match=r"factors must have shape \(2, 2\) like rows without their classes"):
+        multiply_rows(rows, factors[0])
+    with pytest.raises(kdcore.DTypeError, match="factors must be floating-point numbers, got dtype int64"):
+        multiply_rows(rows, np.ones((2, 2), np.int64))
+    with pytest.raises(kdcore.DTypeError, match="rows must be float32"):
+        multiply_rows(np.ones((2, 3), np.int64), np.ones(2))
+    with pytest.raises(kdcore.AliasError, match="out overlaps factors"):
+        multiply_rows(rows, rows[..., 0])
+    rows.flags.writeable = False
+    with pytest.raises(kdcore.AliasError, match="writable"):
+        multiply_rows(rows, factors)

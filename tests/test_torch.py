@@ -280,3 +280,145 @@ def test_a_store_of_torch_tensors_on_a_device(tmp_path, monkeypatch, dtype, kind
         if kind != "hidden":
             with pytest.raises(kdcore.NonFiniteError, match=r"logits\[6\] is -inf in every class"):
                 writer.append(np.arange(7), torch.cat([logits[:6], torch.full_like(logits[:1], -np.inf)]).to(device))
+
+
+# --- the backward pass ---------------------------------------------------------------------------------------------
+
+
+def product(student, teacher, labels, reduction, grad_output):
+    """What a backward pass is to give, bit by bit: the loss's own gradient times that of its result, rounded once."""
+    out = torch.empty_like(student, dtype=torch.float32 if student.dtype == torch.float16 else student.dtype)
+    result = kdcore.kd_loss_and_gradient(
+        *arrays(student, teacher, labels), 2.0, 0.3, reduction=reduction, out=next(arrays(out))
+    )
+    assert result.gradient is not None
+    factors = grad_output[..., None] if grad_output.ndim else grad_output
+    return (out * factors).to(student.dtype)
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and next(arrays(a)).tobytes() == next(arrays(b)).tobytes()
+
+
+class Saved:
+    """The places of the tensors that are kept for a backward pass."""
+
+    def __init__(self):
+        self.places = []
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor):
+        self.places.append(tensor.data_ptr())
+        return tensor
+
+
+FACTORS = [1.0, 3.0, 1 / 3, 65536.0, float("inf"), float("nan")]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_bits_of_a_backward_pass(dtype, reduction):
+    """With a graph that is kept, and with one that is not; whatever comes from above, and in whatever layout."""
+    student, teacher, labels = tensors(dtype, (2, 3), 37)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    given = [torch.tensor(factor, dtype=wide) for factor in FACTORS]
+    if reduction == "none":
+        rows = torch.tensor([[1.0, 0.0, -2.0], [1 / 3, 1.0, 65536.0]], dtype=wide)
+        given = [rows, rows.T.contiguous().T, *[factor.expand(2, 3) for factor in given[:3]]]
+    criterion = KDLoss(2.0, 0.3, reduction=reduction)
+    for grad_output in given:
+        expected = product(student, teacher, labels, reduction, grad_output)
+        loss = criterion(student, teacher, labels)
+        for keep in (True, True, False):
+            (gradient,) = torch.autograd.grad(loss, student, grad_output, retain_graph=keep)
+            assert same_bits(gradient, expected)
+            gradient.zero_()  # whoever gets it may do with it what they like
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            torch.autograd.grad(loss, student, grad_output)
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_backward_pass_takes_no_memory_of_its_own(monkeypatch, factor):
+    """The gradient of a graph that is not kept is what has been kept for it; otherwise it is another tensor."""
+    student, teacher, labels = tensors(torch.float32, (4,), 37)
+
+    def place(keep):
+        saved = Saved()
+        with saved.hooks:
+            loss = KDLoss(2.0, 0.3)(student, teacher, labels)
+        (gradient,) = torch.autograd.grad(loss, student, torch.tensor(factor), retain_graph=keep)
+        assert len(saved.places) == 1
+        return gradient.data_ptr() == saved.places[0]
+
+    assert place(False) and not place(True)
+    monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
+    assert not place(False)  # whether it is kept is not known
+
+
+def test_gradients_add_up():
+    """Three passes through one graph, and through three, into one leaf; and through a graph of two losses."""
+    student, teacher, labels = tensors(torch.float32, (4,), 37)
+    criterion = KDLoss(2.0, 0.3)
+    (once,) = torch.autograd.grad(criterion(student, teacher, labels), student)
+    loss = criterion(student, teacher, labels)
+    for k in range(3):
+        loss.backward(retain_graph=k < 2)
+    assert same_bits(student.grad, once + once + once)
+    student.grad = None
+    for _ in range(3):
+        criterion(student, teacher, labels).backward()
+    assert same_bits(student.grad, once + once + once)
+    student.grad = None
+    twice = criterion(student, teacher, labels) * 2
+    (twice + criterion(student, teacher, labels)).backward()
+    assert same_bits(student.grad, 2 * once + once)
+
+
+def test_a_scaler_and_its_scaled_loss():
+    """What torch.amp.GradScaler does: scaled losses, gradients that are unscaled in place, infinite ones found."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        student, teacher, labels = tensors(dtype, (8,), 33)
+        weight = torch.eye(33, dtype=torch.float32, requires_grad=True)
+        for scale in (1.0, 2.0**16):
+            logits = (student.detach().float() @ weight).to(dtype)
+            loss = KDLoss(2.0, 0.3)(logits, teacher, labels)
+            (gradient,) = torch.autograd.grad(loss * scale, weight)
+            exact = student.detach().double().T @ torch.from_numpy(
+                kdcore.kd_logit_gradient(*arrays(logits.double(), teacher.double(), labels), 2.0, 0.3)
+            )
+            error = (gradient.double() / scale - exact).abs().max() / exact.abs().max()
+            assert error < {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+
+
+def test_on_a_device_no_value_is_asked_for(monkeypatch):
+    """The tensors are on the CPU and say that they are on CUDA: then the factor goes to the engine, which looks."""
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+        __torch_function__ = torch._C._disabled_torch_function_impl
+
+        def item(self):
+            raise AssertionError("the host waits for the device")
+
+    small = torch.ones(3, 5)
+    kdcore.torch._multiply(small.as_subclass(OnCuda), torch.tensor(3.0).as_subclass(OnCuda))
+    assert (small == 3).all()
+    given = []
+    monkeypatch.setattr(kdcore.torch, "_SMALL", 15)
+    monkeypatch.setattr("kdcore.torch.ops.multiply_rows", lambda rows, factors: given.append((rows, factors)))
+    third = torch.tensor(1 / 3)
+    for dtype, expected in ((torch.float32, third), (torch.bfloat16, third.bfloat16().float())):
+        for shape in ((2, 3, 5), (15,)):
+            gradient = torch.ones(shape, dtype=dtype)
+            kdcore.torch._multiply(gradient.as_subclass(OnCuda), third.as_subclass(OnCuda))
+            (rows, factors) = given.pop()
+            assert rows.shape == (gradient.numel() // shape[-1], shape[-1]) and rows.data_ptr() == gradient.data_ptr()
+            assert factors.shape == rows.shape[:1] and (factors == expected).all() and factors.dtype == torch.float32
+    of_rows = torch.arange(6.0).reshape(2, 3)
+    kdcore.torch._multiply(torch.ones(2, 3, 5, dtype=torch.bfloat16).as_subclass(OnCuda), of_rows.as_subclass(OnCuda))
+    assert given.pop()[1].tolist() == [0, 1, 2, 3, 4, 5]
+    gradient, factors = torch.rand(6, 5), torch.rand(6)
+    expected = gradient * factors[:, None]
+    monkeypatch.undo()
+    kdcore.ops.multiply_rows(gradient.numpy(), factors.numpy())
+    assert same_bits(gradient, expected)

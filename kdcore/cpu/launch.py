@@ -23,6 +23,7 @@ __all__ = [
     "log_softmax_rows",
     "logsumexp_rows",
     "merge_state_rows",
+    "multiply_rows",
     "reduce_rows",
     "scale_rows",
     "slice_gradient_rows",
@@ -387,6 +388,14 @@ def weight_sum(labels, weights, ignore_index, rows, out, threads):
 def reduce_rows(rows, out, threads):
     """out [K] = sums of ``rows`` [K, B]."""
     np.add.reduce(rows, 1, None, out)
+
+
+def multiply_rows(rows, factors, threads):
+    """rows [B, V] *= factors [B], in place, rounded once; a row whose factor is 1 is neither read nor written."""
+    dtype = np.float64 if rows.dtype == np.float64 else np.float32
+    with np.errstate(over="ignore", invalid="ignore"):
+        for i in np.flatnonzero(factors.astype(dtype, copy=False) != 1.0):
+            np.multiply(rows[i], factors[i], out=rows[i], dtype=dtype, casting="unsafe")
 
 
 _ACTIVATIONS = {name: vectorize(cache=True)(formula) for name, formula in formulas.ACTIVATIONS.items()}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 
 from kdcore.errors import DTypeError, ShapeError
 
-__all__ = ["as_array", "as_rows", "empty", "full", "is_writable", "overlaps", "same", "to_host"]
+__all__ = ["as_array", "empty", "full", "is_writable", "overlapping", "overlaps", "rows_of", "same", "to_host"]
 
 
 def as_array(obj):
@@ -32,9 +33,20 @@ def _native(array):
     return array
 
 
-def as_rows(array):
-    """A view [B, V] of an array [..., V] whose leading dimensions can be merged."""
-    return array if array.ndim == 2 else array.reshape((math.prod(array.shape[:-1]), array.shape[-1]))
+def rows_of(arrays):
+    """Views [B, V] of arrays [..., V]; None, if the leading dimensions of one cannot be merged without a copy."""
+    if not all([_mergeable(array) for array in arrays]):
+        return None
+    return [
+        array if array.ndim == 2 else array.reshape((math.prod(array.shape[:-1]), array.shape[-1])) for array in arrays
+    ]
+
+
+def _mergeable(array):
+    if array.ndim <= 2 or array.flags.c_contiguous:
+        return True
+    dims = [(n, stride) for n, stride in zip(array.shape[:-1], array.strides[:-1], strict=True) if n != 1]
+    return array.size == 0 or all(outer == n * inner for (_, outer), (n, inner) in pairwise(dims))
 
 
 def is_writable(obj):
@@ -69,3 +81,8 @@ def same(a, b):
 def overlaps(a, b):
     """Whether two arrays share an element."""
     return np.shares_memory(a, b)
+
+
+def overlapping(array, others):
+    """Which of other arrays, by their place, share an element with an array. None shares none."""
+    return [k for k, other in enumerate(others) if other is not None and overlaps(array, other)]

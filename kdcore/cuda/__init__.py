@@ -19,6 +19,7 @@ __all__ = [
     "log_softmax_rows",
     "logsumexp_rows",
     "merge_state_rows",
+    "multiply_rows",
     "reduce_rows",
     "scale_rows",
     "slice_gradient_rows",
@@ -37,7 +38,7 @@ def _launchers() -> Any:
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(_launchers(), name)
+        return globals().setdefault(name, getattr(_launchers(), name))  # where the next one finds it at once
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -12,12 +12,26 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Function", "bindings", "current_context", "current_device", "flat", "function_of", "primary_context"]
+__all__ = [
+    "Function",
+    "Slot",
+    "Slots",
+    "bindings",
+    "current_context",
+    "current_device",
+    "filled",
+    "flat",
+    "function_of",
+    "primary_context",
+    "set_words",
+    "slots_of",
+]
 
 #: What ``struct`` calls numbers, by their kind and bytes.
 _CODES = {
@@ -110,34 +124,92 @@ def _code(kind: Any) -> str:
     return code
 
 
+class Slot(int):
+    """Stands in a kernel's arguments for the number that each launch brings in this place of a list."""
+
+
+def slots_of(arguments: tuple[Any, ...], codes: str) -> Slots:
+    """What varies in arguments of which some are slots, for numbers of the types ``codes`` in these."""
+    values = flat(arguments)
+    return Slots(codes, [int(value) if type(value) is Slot else None for value in values])
+
+
+class Slots(NamedTuple):
+    """Of the numbers that a launch brings: their types, and for each parameter which of them it is; None: none."""
+
+    codes: str
+    of: list[int | None]
+
+
+def filled(arguments: tuple[Any, ...], values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments with numbers in the place of slots."""
+    return tuple([
+        filled(argument, values) if isinstance(argument, tuple)
+        else values[argument] if type(argument) is Slot
+        else argument
+        for argument in arguments
+    ])  # fmt: skip
+
+
+class _Fields:
+    """Numbers of given types in memory: how they are written, and how far from the start each of them is."""
+
+    __slots__ = ("offsets", "pack", "size")
+
+    def __init__(self, codes: str) -> None:
+        layout = struct.Struct(f"@{codes}")
+        self.pack, self.size = layout.pack_into, layout.size
+        # The code of the last one ends the offset of each, alignment included.
+        ends = [struct.calcsize(f"@{codes[: k + 1]}") for k in range(len(codes))]
+        self.offsets = [end - struct.calcsize(code) for end, code in zip(ends, codes, strict=True)]
+
+
 class _Parameters:
-    """Memory for the parameters of one launch, and where each of them is, as the driver wants to know it."""
+    """Memory for what varies of a launch's parameters, and where each of all is, as the driver wants to know it."""
 
     __slots__ = ("address", "memory", "places")
 
-    def __init__(self, size: int, offsets: list[int]) -> None:
+    def __init__(self, size: int, places: list[tuple[bool, int]]) -> None:
+        """places: of each parameter, whether it is in this memory, and its offset there, else its address."""
         self.memory = ctypes.create_string_buffer(size)
         start = ctypes.addressof(self.memory)
-        self.places = (ctypes.c_void_p * len(offsets))(*[start + offset for offset in offsets])
+        self.places = (ctypes.c_void_p * len(places))(*[start + at if here else at for here, at in places])
         self.address = ctypes.addressof(self.places)
 
 
 class Function:
-    """A compiled kernel in a context, to be launched with parameters of given types."""
+    """A compiled kernel in a context, to be launched with parameters of given types.
 
-    __slots__ = ("_compiled", "_driver", "_free", "_handle", "_offsets", "_pack", "_size")
+    With ``slots`` a launch brings those numbers alone; the other parameters are as in ``values``, once and for all.
+    """
 
-    def __init__(self, driver: Any, handle: Any, codes: str, compiled: Any) -> None:
+    __slots__ = ("_compiled", "_constants", "_driver", "_free", "_handle", "_pack", "_places", "_size")
+
+    def __init__(
+        self, driver: Any, handle: Any, codes: str, compiled: Any, slots: Slots | None = None, values: Any = ()
+    ) -> None:
         self._driver, self._handle = driver, handle
         #: Numba's, which keeps the code loaded.
         self._compiled = compiled
-        layout = struct.Struct(f"@{codes}")
-        self._pack, self._size = layout.pack_into, layout.size
-        # The code of the last parameter ends the offset of each, alignment included.
-        ends = [struct.calcsize(f"@{codes[: k + 1]}") for k in range(len(codes))]
         sizes = [struct.calcsize(code) for code in codes]
-        self._offsets = [end - size for end, size in zip(ends, sizes, strict=True)]
         self._require(sizes)
+        of: list[int | None] = list(range(len(codes)))
+        varying, fixed = _Fields(codes), _Fields("")
+        self._constants = ctypes.create_string_buffer(8)
+        if slots is not None:
+            of, varying = slots.of, _Fields(slots.codes)
+            if any(slot is not None and slots.codes[slot] != code for slot, code in zip(of, codes, strict=True)):
+                raise TypeError(f"parameters of the types {codes} cannot be numbers of the types {slots.codes}")
+            rest = [k for k, slot in enumerate(of) if slot is None]
+            fixed = _Fields("".join(codes[k] for k in rest))
+            self._constants = ctypes.create_string_buffer(max(1, fixed.size))
+            fixed.pack(self._constants, 0, *[values[k] for k in rest])
+        self._pack, self._size = varying.pack, varying.size
+        start, rest_at = ctypes.addressof(self._constants), iter(fixed.offsets)
+        #: Of each parameter, whether it is in the memory of a launch, and its offset there; else its address.
+        self._places = [
+            (False, start + next(rest_at)) if slot is None else (True, varying.offsets[slot]) for slot in of
+        ]
         #: What is not in use: a launch takes one and puts it back, so that no two threads write to the same.
         self._free: list[_Parameters] = []
 
@@ -153,7 +225,7 @@ class Function:
         if found != sizes:
             raise RuntimeError(f"a kernel has parameters of {found} bytes or more, but would be given {sizes}")
 
-    def launch(self, blocks: int, threads: int, stream: int, values: list[Any]) -> bool:
+    def launch(self, blocks: int, threads: int, stream: int, values: Sequence[Any]) -> bool:
         """Run on the stream of that handle; the parameters have been copied when this returns.
 
         False, and nothing is run, with an integer that is none of its type: then it is Numba that says what it is.
@@ -161,7 +233,7 @@ class Function:
         try:
             parameters = self._free.pop()
         except IndexError:
-            parameters = _Parameters(self._size, self._offsets)
+            parameters = _Parameters(self._size, self._places)
         try:
             self._pack(parameters.memory, 0, *values)
         except struct.error:
@@ -174,11 +246,11 @@ class Function:
         return True
 
 
-def function_of(kernel: Any, arguments: tuple[Any, ...]) -> Function | None:
+def function_of(kernel: Any, arguments: tuple[Any, ...], slots: Slots | None = None) -> Function | None:
     """What Numba has launched, of a kernel with these arguments, in the current context.
 
-    None if only Numba can launch it: with exceptions of a debug build, blocks that wait for the whole grid, or code
-    that depends on the grid.
+    With ``slots`` the arguments that are none are kept for all launches. None if only Numba can launch it: with
+    exceptions of a debug build, blocks that wait for the whole grid, or code that depends on the grid.
     """
     driver = bindings()
     compiled = kernel.overloads.get(tuple(map(kernel.typeof_pyval, arguments)))
@@ -192,4 +264,18 @@ def function_of(kernel: Any, arguments: tuple[Any, ...]) -> Function | None:
         _check(error, "cuKernelGetFunction")
     if not isinstance(handle, driver.CUfunction):
         return None
-    return Function(driver, handle, "".join(_code(type(value)) for value in flat(arguments)), compiled)
+    values = flat(arguments)
+    return Function(driver, handle, "".join(_code(type(value)) for value in values), compiled, slots, values)
+
+
+def set_words(address: int, word: int, count: int, stream: int) -> bool:
+    """``count`` words of 32 bits from an address become ``word``, on the stream of that handle.
+
+    False, and nothing is done, where this is left to a kernel.
+    """
+    driver = bindings()
+    if driver is None:
+        return False
+    (error,) = driver.cuMemsetD32Async(address, word, count, stream)
+    _check(error, "cuMemsetD32Async")
+    return True

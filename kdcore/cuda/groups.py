@@ -25,6 +25,7 @@ from kdcore import formulas
 from kdcore.cuda.distillation import questions, rebase_of, stages
 from kdcore.cuda.kernels import (
     answer_unread,
+    divisor_of,
     given,
     kernel_of,
     label_at,
@@ -457,7 +458,7 @@ def group_kernel(parts, threads, resident):
         octets = octets_of_slice(begin, end, adjacent)
         by_others = keep_slice(s, t, octets, begin, end, share, words, adjacent, like)
         if first:  # while the copies are under way
-            scale = numbers[_SCALE] / load_stored(denominator, np.float64(0))
+            scale = numbers[_SCALE] / divisor_of(denominator)
             numbers[_SCALE] = scale
             numbers[_HARD], numbers[_SOFT] = shares_of(scale, alpha, kd_scale, temperature)
         wait_for_copies()

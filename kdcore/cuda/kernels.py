@@ -38,9 +38,12 @@ from kdcore.cuda.rows import (
     is_usable,
     log_softmax_row,
     logsumexp_of,
+    octet_of,
+    octets_of,
     softmax_row,
     softmax_sums,
     whole_octets,
+    write_octet,
 )
 from kdcore.cuda.sweeps import sweeps
 from kdcore.formulas import HEADROOM
@@ -49,11 +52,13 @@ from kdcore.rowstatus import LABEL, OK, STUDENT, TEACHER, UNDEFINED_GRADIENT, WE
 __all__ = [
     "BIAS_KERNELS",
     "answer_unread",
+    "divisor_of",
     "fill_kernel",
     "given",
     "kd_kernel",
     "matmul_kernel",
     "most_threads",
+    "multiply_kernel",
     "reduce_kernel",
     "row_at",
     "row_kernel",
@@ -90,6 +95,12 @@ def row_at(matrix, i):
 def given(array):
     """Whether an array is."""
     return array[0] != 0
+
+
+@device
+def divisor_of(denominator):
+    """What (address, number) says: the float64 at the address, or, without one, the number."""
+    return load_stored(denominator[0], np.float64(0)) if given(denominator) else denominator[1]
 
 
 @device
@@ -195,7 +206,7 @@ def kd_kernel(parts, term, slope, wide, left=False):
         student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
         c, rates, size, like, gradient, results, status,
     ):  # fmt: skip
-        """student, teacher, gradient: matrices [B, size]; labels, weights: vectors [B]; denominator: address of [1].
+        """student, teacher, gradient: matrices [B, size]; labels, weights: vectors [B]; denominator: see divisor_of.
 
         alpha CE + (1 - alpha) kd_scale D(p, q), its parts and its gradient; c is the parameter of D, by two
         formulas like ``like``; rates are those of :func:`kdcore.cuda.distillation.rates_of`.
@@ -230,7 +241,7 @@ def kd_kernel(parts, term, slope, wide, left=False):
         # By one thread, since on many devices float64 takes long; for the others, in shared memory.
         scale = 0.0
         if first:
-            scale = weight / load_stored(denominator, np.float64(0))
+            scale = weight / divisor_of(denominator)
             x_s, x_h, x_t = offsets_of(maxima, rates)
             of_s, of_h, of_t = exp2_small(x_s), exp2_small(x_h), exp2_small(x_t)
             z_s, z_t = (1.0, 1.0) if two_formulas else (row_s, row_t)
@@ -364,6 +375,37 @@ def fill_kernel(out, count, value):
     i = np.int64(cuda.grid(1))
     if i < count:
         store_stored(out + i * itemsize(value), value)
+
+
+# --- one factor a row ----------------------------------------------------------------------------------------------
+
+
+@cuda.jit
+def multiply_kernel(rows, factors, size, share, like):
+    """rows [B, size] *= factors [B], in place; where a factor is 1, its row is neither read nor written.
+
+    A block has ``share`` classes of a row, a multiple of 8 blockDim.x, or what is left of them.
+    """
+    parts = (size + share - 1) // share
+    block = np.int64(cuda.blockIdx.x)
+    i = block // parts
+    begin = (block - i * parts) * share
+    end = min(begin + share, size)
+    factor = cast(load_real(factors[0] + i * factors[1], factors[2]), like)
+    if factor != cast(1.0, like):
+        row = row_at(rows, i)
+        whole = whole_octets(row)
+        a, gap = octets_of(np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x), itemsize(row[2]) == 2)
+        a += begin
+        while a < end:
+            inside = whole and a + gap + 4 <= end
+            x = octet_of(row, a, a + gap, end, inside, like)
+            x = (
+                x[0] * factor, x[1] * factor, x[2] * factor, x[3] * factor,
+                x[4] * factor, x[5] * factor, x[6] * factor, x[7] * factor,
+            )  # fmt: skip
+            write_octet(row, a, a + gap, end, inside, x)
+            a += 8 * cuda.blockDim.x
 
 
 # --- linear layers -------------------------------------------------------------------------------------------------

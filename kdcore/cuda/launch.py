@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
 from kdcore.cuda import kernels, sparse, states
+from kdcore.cuda.direct import Slot, current_context, set_words
 from kdcore.cuda.distillation import parts_of, rates_of
 from kdcore.cuda.groups import PUBLISHED, group_kernel, resident_blocks, share_of
-from kdcore.cuda.memory import full
-from kdcore.cuda.plans import plan_of, require_bfloat16, shared_memory, threads_of
+from kdcore.cuda.memory import Number, scratch
+from kdcore.cuda.plans import chosen, plan_of, require_bfloat16, shared_memory, threads_of
 from kdcore.cuda.primitives import BLANK, SIMULATOR, tag_of
-from kdcore.cuda.streams import as_queue, launch, on_device_of
+from kdcore.cuda.streams import Prepared, as_queue, launch, launch_prepared, on_device_of
 from kdcore.errors import MissingDependencyError
 from kdcore.objective import TAILS, UNIFORM, needs_float64
 
@@ -24,6 +25,7 @@ __all__ = [
     "log_softmax_rows",
     "logsumexp_rows",
     "merge_state_rows",
+    "multiply_rows",
     "reduce_rows",
     "scale_rows",
     "slice_gradient_rows",
@@ -42,15 +44,27 @@ def _like(wide):
     return np.float64(0) if wide else np.float32(0)
 
 
-def _matrix(array):
+def _matrix_of(access, address):
     """An array [B, V], as kernels take it; one without elements is not given."""
-    address = array.address if array.size else 0
-    return address, *array.strides, tag_of(array.dtype)
+    return address if access.given else 0, *access.strides, tag_of(access.dtype)
+
+
+def _vector_of(access, address):
+    """An array [B], as kernels take it; one without elements is not given."""
+    return (address, access.strides[0], tag_of(access.dtype)) if access.given else (0, 0, tag_of(access.dtype))
+
+
+def _matrix(array):
+    return _matrix_of(array.layout.access, array.address)
 
 
 def _vector(array):
-    """An array [B], as kernels take it; one without elements is not given."""
-    return (array.address, array.strides[0], tag_of(array.dtype)) if array.size else (0, 0, tag_of(array.dtype))
+    return _vector_of(array.layout.access, array.address)
+
+
+def _divisor(denominator):
+    """(address, number): a denominator [1], as KD kernels take it."""
+    return (0, denominator.value) if type(denominator) is Number else (denominator.address, 0.0)
 
 
 @cache
@@ -100,58 +114,96 @@ def kd_rows(student, teacher, labels, weights, denominator, objective, gradient,
     Empty ``labels`` or ``weights``: none given. A gradient or status without rows: none wanted. At alpha = 1 the
     teacher is not read, at alpha = 0 labels only mask.
     """
-    rows, size = student.shape
-    _check_dtypes(student.dtype, teacher.dtype, gradient.dtype)
+    queue = as_queue(stream)
+    arguments = student, teacher, labels, weights, denominator, objective, gradient, loss, ce, kl, status, queue
+    if queue.context:
+        _kd_rows(queue.context, *arguments)
+    else:
+        with on_device_of(queue):
+            _kd_rows(current_context(), *arguments)
+
+
+def _kd_rows(context, student, teacher, labels, weights, denominator, objective, gradient, loss, ce, kl, status, queue):
+    """The same in a context, the device's; 0, if it is not known."""
+    rows, size = student.layout.shape
     divergence = objective.divergence
-    parts = parts_of(objective.alpha, objective.temperature)
-    temperatures = (objective.temperature, objective.teacher_temperature) if parts.soft else (1.0, 1.0)
-    term, slope = (divergence.term, divergence.slope) if parts.soft else (None, None)
+    prepare = _kd_launch if context else _kd_launch.__wrapped__  # in a context, a device has its attributes
+    launches, blocks, published = prepare(
+        context, chosen(), size, student.layout.access, teacher.layout.access, labels.layout.access,
+        weights.layout.access, gradient.layout.access, status.size > 0, divergence.term, divergence.slope,
+        divergence.parameter, *objective[1:],
+    )  # fmt: skip
+    records = counts = 0
+    if published:
+        # One array, so that it is filled at once: the records and, behind them, the counts.
+        count = rows * published
+        blank = scratch((count + rows + 1,), np.int64, queue)
+        if not set_words(blank.address, BLANK & 0xFFFFFFFF, 2 * blank.size, queue.handle):
+            fill(blank, BLANK, queue)
+        records, counts = blank.address, blank.address + 8 * count
+    for prepared in launches:
+        launch_prepared(
+            prepared, rows * blocks, queue, student.address, teacher.address, labels.address, weights.address,
+            *_divisor(denominator), gradient.address, loss.address, ce.address, kl.address, status.address, rows,
+            counts, records,
+        )  # fmt: skip
+
+
+#: The types of the slots of a KD launch, which kd_rows fills, as ``struct`` calls them.
+_KD_SLOTS = "qqqqqdqqqqqqqq"
+
+
+@lru_cache(maxsize=1024)
+def _kd_launch(
+    context, override, size, student, teacher, labels, weights, gradient, with_status, term, slope, parameter,
+    temperature, teacher_temperature, alpha, kd_scale, ignore_index,
+):  # fmt: skip
+    """The launches of a KD call in a context, prepared but for addresses and rows, and how many blocks a row has.
+
+    Of arrays there is what :attr:`kdcore.cuda.arrays.Layout.access` says. Of the group kernel, also how many int64 a
+    row's records take.
+    """
+    _check_dtypes(student.dtype, teacher.dtype, gradient.dtype)
+    parts = parts_of(alpha, temperature)
+    temperatures = (temperature, teacher_temperature) if parts.soft else (1.0, 1.0)
+    if not parts.soft:
+        term, slope, teacher = None, None, student
     two_formulas = term is not None
-    dtypes = (student.dtype, teacher.dtype) if parts.soft else (student.dtype,)
-    wide = needs_float64(dtypes, *temperatures)
+    wide = needs_float64((student.dtype, teacher.dtype), *temperatures)
+    s, t, y, w, address, number, g, loss, ce, kl, status, rows, counts, records = map(Slot, range(len(_KD_SLOTS)))
 
     def arguments_of(wide):
         return (
-            _matrix(student),
-            _matrix(teacher if parts.soft else student),
-            _vector(labels),
-            _vector(weights),
-            int(objective.ignore_index),
-            denominator.address,
-            float(objective.alpha),
+            _matrix_of(student, s),
+            _matrix_of(teacher, t if parts.soft else s),
+            _vector_of(labels, y),
+            _vector_of(weights, w),
+            int(ignore_index),
+            (address, number),
+            float(alpha),
             *map(float, temperatures),
-            float(objective.kd_scale),
-            np.float32(divergence.parameter) if two_formulas and not wide else np.float64(divergence.parameter),
+            float(kd_scale),
+            np.float32(parameter) if two_formulas and not wide else np.float64(parameter),
             rates_of(*temperatures, wide),
             size,
             _like(wide),
-            _matrix(gradient),
-            (loss.address, ce.address, kl.address),
-            _start(status),
+            _matrix_of(gradient, g),
+            (loss, ce, kl),
+            status if with_status else 0,
         )
 
-    itemsizes = student.dtype.itemsize, (teacher if parts.soft else student).dtype.itemsize
-    with on_device_of(stream):
-        _launch_kd(rows, size, itemsizes, parts, term, slope, wide, arguments_of(wide), stream)
-        if two_formulas and not wide:  # of the rows that this has left
-            threads = threads_of(size, kernels.most_threads(True))
-            launch(kernels.kd_kernel(parts, term, slope, True, left=True), rows, threads, stream, *arguments_of(True))
-
-
-def _launch_kd(rows, size, itemsizes, parts, term, slope, wide, arguments, stream):
-    """A KD call by the kernel that is chosen for the current device."""
-    two_formulas = term is not None
+    itemsizes = student.dtype.itemsize, teacher.dtype.itemsize
     plan = plan_of(size, itemsizes, kernels.most_threads(wide, two_formulas), not wide and not two_formulas)
     if plan.kernel == "group":
-        # One array, so that one launch fills it: the records and, behind them, the counts.
-        published = rows * plan.blocks * PUBLISHED
-        blank = full((published + rows + 1,), np.int64, BLANK, stream)
         share = share_of(size, plan.blocks, plan.threads, *itemsizes)
-        arguments = *arguments, rows, plan.blocks, share, blank.address + 8 * published, blank.address
         kernel = group_kernel(parts, plan.threads, resident_blocks(shared_memory()))
-        launch(kernel, rows * plan.blocks, plan.threads, stream, *arguments)
-    else:
-        launch(kernels.kd_kernel(parts, term, slope, wide), rows, plan.threads, stream, *arguments)
+        arguments = *arguments_of(wide), rows, plan.blocks, share, counts, records
+        return [Prepared(kernel, plan.threads, arguments, _KD_SLOTS)], plan.blocks, plan.blocks * PUBLISHED
+    launches = [Prepared(kernels.kd_kernel(parts, term, slope, wide), plan.threads, arguments_of(wide), _KD_SLOTS)]
+    if two_formulas and not wide:  # for the rows that the first has left
+        kernel = kernels.kd_kernel(parts, term, slope, True, left=True)
+        launches.append(Prepared(kernel, plan.threads, arguments_of(True), _KD_SLOTS))
+    return launches, 1, 0
 
 
 def sparse_kd_rows(
@@ -170,7 +222,7 @@ def sparse_kd_rows(
     wide = needs_float64((student.dtype,), temperature)
     arguments = (
         _matrix(student), _matrix(indices), _matrix(log_probs), _vector(tail_logmass), _vector(n_valid),
-        indices.shape[1], policy, _vector(labels), _vector(weights), int(objective.ignore_index), denominator.address,
+        indices.shape[1], policy, _vector(labels), _vector(weights), int(objective.ignore_index), _divisor(denominator),
         float(objective.alpha), float(temperature), float(objective.kd_scale), rates_of(temperature, temperature, wide),
         size, _like(wide), _matrix(gradient), (loss.address, ce.address, kl.address), _start(status),
     )  # fmt: skip
@@ -233,13 +285,41 @@ def slice_gradient_rows(
 
 def weight_sum(labels, weights, ignore_index, rows, out, stream):
     """out[0] = sum of the weights of the rows that are not masked."""
-    arguments = _vector(labels), _vector(weights), int(ignore_index), int(rows), out.address
-    launch(kernels.weight_sum_kernel, 1, _FEW, stream, *arguments)
+    prepared = _weight_sum_launch(labels.layout.access, weights.layout.access)
+    launch_prepared(prepared, 1, stream, labels.address, weights.address, int(ignore_index), int(rows), out.address)
+
+
+@lru_cache(maxsize=256)
+def _weight_sum_launch(labels, weights):
+    y, w, ignore_index, rows, out = map(Slot, range(5))
+    arguments = _vector_of(labels, y), _vector_of(weights, w), ignore_index, rows, out
+    return Prepared(kernels.weight_sum_kernel, _FEW, arguments, "qqqqq")
 
 
 def reduce_rows(rows, out, stream):
     """out [K] = sums of ``rows`` [K, B]."""
-    launch(kernels.reduce_kernel, rows.shape[0], _FEW, stream, _start(rows), rows.shape[1], out.address)
+    count, size = rows.layout.shape
+    launch_prepared(_REDUCE, count, stream, rows.address if size else 0, size, out.address)
+
+
+_REDUCE = Prepared(kernels.reduce_kernel, _FEW, (Slot(0), Slot(1), Slot(2)), "qqq")
+
+
+def multiply_rows(rows, factors, stream):
+    """rows [B, V] *= factors [B], in place, rounded once; a row whose factor is 1 is neither read nor written."""
+    count, size = rows.layout.shape
+    _check_dtypes(rows.dtype)
+    prepared, share = _multiply_launch(rows.layout.access, factors.layout.access)
+    launch_prepared(prepared, count * -(-size // share), stream, rows.address, factors.address, size)
+
+
+@lru_cache(maxsize=256)
+def _multiply_launch(rows, factors):
+    address, of_factors, size = map(Slot, range(3))
+    share = 32 * _FEW
+    wide = rows.dtype == np.float64
+    arguments = _matrix_of(rows, address), _vector_of(factors, of_factors), size, share, _like(wide)
+    return Prepared(kernels.multiply_kernel, _FEW, arguments, "qqq"), share
 
 
 def fill(out, value, stream):

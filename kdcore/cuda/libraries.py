@@ -1,6 +1,6 @@
 """The libraries whose device arrays are worked on: what an array of theirs is, and how to make another.
 
-An array of any of them becomes a :class:`kdcore.cuda.memory.DeviceArray` here, and nowhere else: without a copy,
+An array of any of them becomes a :class:`kdcore.cuda.arrays.DeviceArray` here, and nowhere else: without a copy,
 without waiting for any stream. Importing this module imports none of them; only those that the caller has are asked.
 """
 
@@ -9,29 +9,17 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdcore.cuda.arrays import DeviceArray, Layout, contiguous, layout_of
 from kdcore.errors import DTypeError, MissingDependencyError
 
-__all__ = ["Description", "Library", "bfloat16", "library_of"]
+__all__ = ["Library", "Queue", "bfloat16", "library_of"]
 
 Shape = tuple[int, ...]
-
-
-class Description(NamedTuple):
-    """Where an array is: address and strides in bytes; if known, the device and the stream that it is made on."""
-
-    address: Any
-    shape: Shape
-    strides: Shape
-    dtype: np.dtype[Any]
-    writable: bool
-    device: int | None
-    stream: int | None
-    export: Any = None
 
 
 @cache
@@ -43,24 +31,23 @@ def bfloat16() -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16)
 
 
-def _contiguous(shape: Shape, itemsize: int) -> Shape:
-    strides = [itemsize] * len(shape)
-    for k in range(len(shape) - 2, -1, -1):
-        strides[k] = strides[k + 1] * shape[k + 1]
-    return tuple(strides)
-
-
 class Library:
     """Numba, whose arrays those of libraries without an allocator become, too."""
 
-    def describe(self, obj: Any, stream: int) -> Description:
+    def describe(self, obj: Any, stream: int) -> DeviceArray:
+        """What is known of an array that is to be used on the stream of that handle."""
         if hasattr(obj, "_ary"):  # the simulator's, in the memory of the host
+            array = obj._ary
+            return DeviceArray(self.address(obj), layout_of(array.shape, array.strides, array.dtype), obj)
+        return DeviceArray(self.address(obj), layout_of(obj.shape, obj.strides, obj.dtype), obj)
+
+    def address(self, obj: Any) -> Any:
+        """Where an array is that :meth:`empty` or :meth:`scratch` of this library has made."""
+        if hasattr(obj, "_ary"):
             from kdcore.cuda.simulated import host_address
 
-            array = obj._ary
-            return Description(host_address(array), array.shape, array.strides, array.dtype, True, None, None)
-        address = obj.device_ctypes_pointer.value or 0
-        return Description(address, tuple(obj.shape), tuple(obj.strides), obj.dtype, True, None, None)
+            return host_address(obj._ary)
+        return obj.device_ctypes_pointer.value or 0
 
     def current_stream(self, device: int | None) -> int | None:
         """The handle of the stream that the caller is on, if the library has such a notion."""
@@ -93,14 +80,20 @@ class Library:
         data = owner.gpu_data.view(offset)
         return devicearray.DeviceNDArray(shape, strides, owner.dtype, stream=owner.stream, gpu_data=data)
 
+    def parts(self, owner: Any, count: int, shape: Shape) -> list[Any]:
+        """The ``count`` parts of a contiguous array that its first dimension counts, each in a shape."""
+        itemsize = owner.dtype.itemsize
+        strides, size = contiguous(shape, itemsize), itemsize * math.prod(shape)
+        return [self.view(owner, k * size, shape, strides) for k in range(count)]
+
 
 class _Torch(Library):
-    def describe(self, obj: Any, stream: int) -> Description:
-        dtype = _torch_dtype(obj.dtype)
-        itemsize = dtype.itemsize
-        shape, strides = tuple(obj.shape), tuple([step * itemsize for step in obj.stride()])
-        address = _reachable(obj.data_ptr(), shape, strides, dtype)
-        return Description(address, shape, strides, dtype, True, obj.device.index, None)
+    def describe(self, obj: Any, stream: int) -> DeviceArray:
+        layout, address = _layout_of_torch(obj.shape, obj.stride(), obj.dtype), obj.data_ptr()
+        return DeviceArray(_reachable(address, layout) if _simulated() else address, layout, obj, obj.device.index)
+
+    def address(self, obj: Any) -> Any:
+        return self.describe(obj, 0).address if _simulated() else obj.data_ptr()
 
     def current_stream(self, device: int | None) -> int | None:
         torch = sys.modules["torch"]
@@ -110,7 +103,7 @@ class _Torch(Library):
 
     def empty(self, shape: Shape, dtype: np.dtype[Any], device: int | None, stream: int) -> Any:
         torch = sys.modules["torch"]
-        array = torch.empty(shape, dtype=_dtype_of_torch(dtype), device=torch.device("cuda", device))
+        array = torch.empty(shape, dtype=_dtype_of_torch(dtype), device=_device_of_torch(device))
         if stream != self.current_stream(
             device
         ):  # its memory must not be used again before that stream is done with it
@@ -119,9 +112,11 @@ class _Torch(Library):
 
     def view(self, owner: Any, offset: int, shape: Shape, strides: Shape) -> Any:
         size = owner.element_size()
-        if shape == () and owner.dim() == 1:
-            return owner[offset // size]  # in half the time
         return owner.as_strided(shape, [stride // size for stride in strides], offset // size)
+
+    def parts(self, owner: Any, count: int, shape: Shape) -> list[Any]:
+        parts = [owner[k] for k in range(count)]  # in half the time of as_strided
+        return parts if len(shape) == owner.dim() - 1 else [part.view(shape) for part in parts]
 
 
 @cache
@@ -136,6 +131,18 @@ def _dtype_of_torch(dtype: np.dtype[Any]) -> Any:
 
 
 @cache
+def _device_of_torch(device: int | None) -> Any:
+    return sys.modules["torch"].device("cuda", device)
+
+
+@lru_cache(maxsize=1024)
+def _layout_of_torch(shape: Shape, steps: Shape, dtype: Any) -> Layout:
+    """Of a tensor, whose strides count elements."""
+    ours = _torch_dtype(dtype)
+    return layout_of(tuple(shape), tuple([step * ours.itemsize for step in steps]), ours)
+
+
+@cache
 def _torch_dtype(dtype: Any) -> np.dtype[Any]:
     name = str(dtype).rpartition(".")[2]
     if name == "bfloat16":
@@ -147,10 +154,12 @@ def _torch_dtype(dtype: Any) -> np.dtype[Any]:
 
 
 class _Cupy(Library):
-    def describe(self, obj: Any, stream: int) -> Description:
-        dtype = bfloat16() if obj.dtype.name == "bfloat16" else obj.dtype
-        address = _reachable(obj.data.ptr, obj.shape, obj.strides, dtype)
-        return Description(address, obj.shape, obj.strides, dtype, True, obj.device.id, None)
+    def describe(self, obj: Any, stream: int) -> DeviceArray:
+        layout, address = layout_of(obj.shape, obj.strides, _ours(obj.dtype)), obj.data.ptr
+        return DeviceArray(_reachable(address, layout) if _simulated() else address, layout, obj, obj.device.id)
+
+    def address(self, obj: Any) -> Any:
+        return self.describe(obj, 0).address if _simulated() else obj.data.ptr
 
     def current_stream(self, device: int | None) -> int | None:
         return int(sys.modules["cupy"].cuda.get_current_stream(device).ptr)
@@ -164,11 +173,20 @@ class _Cupy(Library):
         return sys.modules["cupy"].ndarray(shape, owner.dtype, owner.data + offset, strides)
 
 
+@cache
+def _ours(dtype: Any) -> np.dtype[Any]:
+    """The dtype of an array of CuPy's; NumPy puts a dtype's name together anew each time."""
+    return bfloat16() if dtype.name == "bfloat16" else dtype
+
+
 class _Jax(Library):
     """JAX, which has no stream to be on: the stream waits for its arrays, and the host for results."""
 
-    def describe(self, obj: Any, stream: int) -> Description:
-        return _by_dlpack(obj, stream)._replace(writable=False)
+    def describe(self, obj: Any, stream: int) -> DeviceArray:
+        return _by_dlpack(obj, stream, writable=False)
+
+    def address(self, obj: Any) -> Any:
+        return super().address(obj) if library_of(obj) is _NUMBA else _by_dlpack(obj, 0).address
 
     def empty(self, shape: Shape, dtype: np.dtype[Any], device: int | None, stream: int) -> Any:
         # A buffer that nobody else has yet is written, although JAX's arrays are immutable to those who have them.
@@ -193,26 +211,45 @@ class _Jax(Library):
 class _Other(Library):
     """Any object with the CUDA array interface, or with DLPack; results are Numba's."""
 
-    def describe(self, obj: Any, stream: int) -> Description:
+    def describe(self, obj: Any, stream: int) -> DeviceArray:
         interface = getattr(obj, "__cuda_array_interface__", None)
         if interface is None:
             return _by_dlpack(obj, stream)
-        kind = interface["typestr"]
+        kind, strides = interface["typestr"], interface.get("strides")
         # The interface has no name for bfloat16: it is exported as <V2, and was once as <f2, which is float16.
-        if "bfloat16" in str(getattr(obj, "dtype", "")) and kind in ("<V2", "|V2", "<f2", "<u2"):
-            dtype = bfloat16()
-        elif kind[1] not in "fiub" or kind[0] not in "<|=":
-            raise DTypeError(f"the dtype {getattr(obj, 'dtype', kind)} is not supported")
-        else:
-            dtype = np.dtype(kind)
-        shape = tuple(interface["shape"])
-        strides = interface.get("strides")
+        is_bfloat16 = kind in _MAYBE_BFLOAT16 and "bfloat16" in str(getattr(obj, "dtype", ""))
+        try:
+            layout = _layout_of_interface(
+                tuple(interface["shape"]), None if strides is None else tuple(strides), kind, is_bfloat16
+            )
+        except DTypeError:
+            raise DTypeError(f"the dtype {getattr(obj, 'dtype', kind)} is not supported") from None
         address, readonly = interface["data"]
-        return Description(
-            _reachable(address or 0, shape, strides, dtype), shape,
-            _contiguous(shape, dtype.itemsize) if strides is None else tuple(strides),
-            dtype, not readonly, None, interface.get("stream"),
-        )  # fmt: skip
+        address = _reachable(address or 0, layout)
+        return DeviceArray(address, layout, obj, None, interface.get("stream"), not readonly)
+
+
+_MAYBE_BFLOAT16 = ("<V2", "|V2", "<f2", "<u2")
+
+
+@lru_cache(maxsize=1024)
+def _layout_of_interface(shape: Shape, strides: Shape | None, kind: str, is_bfloat16: bool) -> Layout:
+    if not is_bfloat16 and (kind[1] not in "fiub" or kind[0] not in "<|="):
+        raise DTypeError(kind)
+    dtype = bfloat16() if is_bfloat16 else np.dtype(kind)
+    return layout_of(shape, contiguous(shape, dtype.itemsize) if strides is None else strides, dtype)
+
+
+class Queue(NamedTuple):
+    """Where a call is worked: on a stream of a device. ``library`` allocates its results."""
+
+    handle: int
+    device: int | None
+    library: Library
+    #: What the caller has given, or the handle: :func:`kdcore.cuda.streams.as_stream` has what Numba takes.
+    stream: Any
+    #: The CUDA context of the thread, if it is the device's, so that it is asked for once a call; 0: not known.
+    context: int = 0
 
 
 _NUMBA, _TORCH, _CUPY, _JAX, _OTHER = Library(), _Torch(), _Cupy(), _Jax(), _Other()
@@ -221,6 +258,8 @@ _BY_MODULE = {"torch": _TORCH, "cupy": _CUPY, "jax": _JAX, "jaxlib": _JAX}
 
 @cache
 def _library_of_type(kind: Any) -> Library:
+    if getattr(kind, "__cuda_ndarray__", False) is True:
+        return _NUMBA
     for base in kind.__mro__:
         if (library := _BY_MODULE.get(base.__module__.partition(".")[0])) is not None:
             return library
@@ -229,8 +268,6 @@ def _library_of_type(kind: Any) -> Library:
 
 def library_of(obj: Any) -> Library:
     """The library of a device array."""
-    if getattr(obj, "__cuda_ndarray__", False) is True:
-        return _NUMBA
     kind: Any = type(obj)
     return _library_of_type(kind)
 
@@ -242,12 +279,13 @@ def _simulated() -> bool:
     return SIMULATOR
 
 
-def _reachable(address: int, shape: Shape, strides: Any, dtype: np.dtype[Any]) -> Any:
-    """An address; in the simulator, whose device is the host, what it takes for one."""
+def _reachable(address: int, layout: Layout) -> Any:
+    """What the simulator, whose device is the host, takes for an address; elsewhere the address."""
     if not _simulated():
         return address
     from kdcore.cuda.simulated import host_address
 
+    shape, strides, dtype = layout.shape, layout.strides, layout.dtype
     interface = {"shape": shape, "strides": strides, "typestr": dtype.str, "data": (address, False), "version": 3}
     if dtype.name == "bfloat16":
         interface["typestr"] = "<u2"
@@ -279,7 +317,7 @@ _CODES = {0: "i", 1: "u", 2: "f", 6: "b"}
 _BFLOAT = 4
 
 
-def _by_dlpack(obj: Any, stream: int) -> Description:
+def _by_dlpack(obj: Any, stream: int, writable: bool = True) -> DeviceArray:
     # 0 is not allowed, being ambiguous: 1 is the legacy default stream.
     capsule = obj.__dlpack__(stream=stream or 1)
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -292,6 +330,7 @@ def _by_dlpack(obj: Any, stream: int) -> Description:
     if tensor.strides:
         strides = tuple(tensor.strides[k] * dtype.itemsize for k in range(tensor.ndim))
     else:
-        strides = _contiguous(shape, dtype.itemsize)
-    address = _reachable((tensor.data or 0) + tensor.byte_offset, shape, strides, dtype)
-    return Description(address, shape, strides, dtype, True, int(tensor.device_id), None, capsule)
+        strides = contiguous(shape, dtype.itemsize)
+    layout = layout_of(shape, strides, dtype)
+    address = _reachable((tensor.data or 0) + tensor.byte_offset, layout)
+    return DeviceArray(address, layout, obj, int(tensor.device_id), None, writable, capsule)

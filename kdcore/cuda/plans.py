@@ -27,7 +27,7 @@ from kdcore.cuda.direct import current_device
 from kdcore.cuda.primitives import SIMULATOR
 from kdcore.errors import DeviceUnavailableError, DomainError, DTypeError
 
-__all__ = ["Plan", "explain", "plan_of", "require_bfloat16", "shared_memory", "threads_of", "using"]
+__all__ = ["Plan", "chosen", "explain", "plan_of", "require_bfloat16", "shared_memory", "threads_of", "using"]
 
 _WARP = 32
 #: Classes of an octet, the unit of loops over a row.
@@ -80,6 +80,11 @@ def using(kernel: str | None = None, threads: int | None = None, blocks: int | N
         yield
     finally:
         _override.reset(token)
+
+
+def chosen() -> tuple[str | None, int | None, int | None]:
+    """What :func:`using` asks for here: the kernel, the threads, the blocks."""
+    return _override.get()
 
 
 #: In the simulator, which is no real device.

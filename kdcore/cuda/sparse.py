@@ -18,6 +18,7 @@ from kdcore import formulas
 from kdcore.cuda.distillation import Parts, questions, stages
 from kdcore.cuda.kernels import (
     answer_unread,
+    divisor_of,
     given,
     kernel_of,
     label_at,
@@ -403,7 +404,8 @@ def sparse_kd_kernel(hard, power, linear, wide):
         denominator, alpha, temperature, kd_scale, rates, size, like, gradient, results, status,
     ):  # fmt: skip
         """student, gradient: matrices [B, size]; indices, log_probs: matrices [B, entries_of_row]; log_tails (of
-        samples: not given), n_valid, labels, weights: vectors [B]; denominator: address of [1].
+        samples: not given), n_valid, labels, weights: vectors [B]; denominator: see
+        :func:`kdcore.cuda.kernels.divisor_of`.
 
         alpha CE + (1 - alpha) kd_scale D, its parts and its gradient; rates are those of
         :func:`kdcore.cuda.distillation.rates_of`.
@@ -491,7 +493,7 @@ def sparse_kd_kernel(hard, power, linear, wide):
         cuda.syncthreads()
         if first:
             z = told[TOP]
-            scale = weight / load_stored(denominator, np.float64(0))
+            scale = weight / divisor_of(denominator)
             x_s, x_h, _ = offsets_of(maxima, rates)
             of_s, of_h = exp2_small(x_s), exp2_small(x_h)
             at_top, at_tail = _exponential(others_top, top, c), _exponential(others_top, tail_top, c)
@@ -518,7 +520,7 @@ def sparse_kd_kernel(hard, power, linear, wide):
         cuda.syncthreads()
         kl = terms_of_single(s, entries, values, n, told, inverse, shared)
         if first:
-            scale = weight / load_stored(denominator, np.float64(0))
+            scale = weight / divisor_of(denominator)
             if policy == BUCKET and log_tail > -math.inf:
                 d = _scaled_logit(tail_top, top, HEADROOM)
                 kl += _outcome_term(p_tail, log_tail, _log_softmax(d, inverse, told[LOG_Z] - log(z_tail)))

@@ -5,22 +5,24 @@ from __future__ import annotations
 import functools
 import warnings
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 from numba import cuda
 
 from kdcore.cuda import direct
-from kdcore.cuda.libraries import Library, library_of
-from kdcore.cuda.memory import DeviceArray, describe
+from kdcore.cuda.arrays import DeviceArray
+from kdcore.cuda.libraries import Library, Queue, library_of
 from kdcore.cuda.primitives import SIMULATOR
 from kdcore.errors import DeviceMismatchError, DTypeError
 
 __all__ = [
+    "Prepared",
     "Queue",
     "as_queue",
     "as_stream",
     "described",
     "launch",
+    "launch_prepared",
     "on_device_of",
     "queue_of",
     "stream_handle",
@@ -28,16 +30,6 @@ __all__ = [
 ]
 
 _NUMBA = Library()
-
-
-class Queue(NamedTuple):
-    """Where a call is worked: on a stream of a device. ``library`` allocates its results."""
-
-    handle: int
-    device: int | None
-    library: Library
-    #: A Numba stream, or 0, which is Numba's default stream.
-    stream: Any
 
 
 def stream_handle(stream: Any) -> int:
@@ -72,7 +64,7 @@ def _external(handle: int) -> Any:
 def as_stream(stream: Any) -> Any:
     """The stream to launch on: a Numba stream, or 0, which is Numba's default stream."""
     if isinstance(stream, Queue):
-        return stream.stream
+        stream = stream.stream
     if stream is None or hasattr(stream, "auto_synchronize"):  # Numba's own, and the simulator's
         return 0 if stream is None else stream
     handle = stream_handle(stream)
@@ -88,13 +80,17 @@ def as_queue(stream: Any) -> Queue:
     """The queue of a stream alone, on the current device; a queue as it is."""
     if isinstance(stream, Queue):
         return stream
-    return Queue(stream_handle(stream), None, _NUMBA, as_stream(stream))
+    return Queue(stream_handle(stream), None, _NUMBA, stream)
 
 
 def described(arrays: dict[str, Any], stream: Any) -> dict[str, DeviceArray]:
     """What is known of device arrays, by name, that a call is to use on a stream."""
     handle = stream_handle(stream)
-    return {name: describe(obj, handle) for name, obj in arrays.items() if obj is not None}
+    return {
+        name: obj if type(obj) is DeviceArray else library_of(obj).describe(obj, handle)
+        for name, obj in arrays.items()
+        if obj is not None
+    }
 
 
 def queue_of(arrays: dict[str, Any], stream: Any, found: dict[str, DeviceArray] | None = None) -> Queue:
@@ -105,18 +101,30 @@ def queue_of(arrays: dict[str, Any], stream: Any, found: dict[str, DeviceArray] 
     """
     if found is None:
         found = described(arrays, stream)
-    devices = {name: array.device for name, array in found.items() if array.device is not None}
-    if len(set(devices.values())) > 1:
-        places = ", ".join(f"{name} on device {device}" for name, device in devices.items())
-        raise DeviceMismatchError(f"arrays must be on one device: {places}")
-    device = next(iter(devices.values()), None)
+    device = None
+    for array in found.values():
+        if array.device is not None and array.device != device:
+            if device is not None:
+                places = ", ".join(
+                    f"{name} on device {of.device}" for name, of in found.items() if of.device is not None
+                )
+                raise DeviceMismatchError(f"arrays must be on one device: {places}")
+            device = array.device
     library = library_of(next(iter(arrays.values())))
     if stream is None:
         handle = library.current_stream(device)
         if handle is None:
             handle = next((array.stream for array in found.values() if array.stream is not None), 0)
-        return Queue(handle, device, library, as_stream(handle))
-    return Queue(stream_handle(stream), device, library, as_stream(stream))
+        stream = handle
+    else:
+        handle = stream_handle(stream)
+    return Queue(handle, device, library, stream, _context_of(device))
+
+
+def _context_of(device: int | None) -> int:
+    """The calling thread's context, if it is the one of the device; else 0."""
+    context = direct.current_context()
+    return context if context and (device is None or context == direct.primary_context(device)) else 0
 
 
 #: Nothing to do: it can be entered any number of times.
@@ -125,10 +133,10 @@ _HERE = nullcontext()
 
 def on_device_of(stream: Any) -> Any:
     """A context in which the device of a queue is the current one."""
-    device = as_queue(stream).device
-    if device is None or (direct.bindings() is not None and direct.current_context() == direct.primary_context(device)):
+    queue = as_queue(stream)
+    if queue.device is None or queue.context or _context_of(queue.device):
         return _HERE
-    return cuda.gpus[device]
+    return cuda.gpus[queue.device]
 
 
 def _configured(kernel: Any, blocks: int, threads: int, stream: Any) -> Any:
@@ -155,16 +163,51 @@ def launch(kernel: Any, blocks: int, threads: int, stream: Any, *arguments: Any)
         return
     queue = as_queue(stream)
     values = direct.flat(arguments)
-    context = direct.current_context()
-    if context and (queue.device is None or context == direct.primary_context(queue.device)):
+    context = queue.context or _context_of(queue.device)
+    if context:
         function = _functions.get((context, kernel, *map(type, values)))
         if function is not None and function.launch(blocks, threads, queue.handle, values):
             return
     with on_device_of(queue):
-        _configured(kernel, blocks, threads, queue.stream)(*arguments)
+        _configured(kernel, blocks, threads, as_stream(queue))(*arguments)
         if direct.bindings() is not None:
             key = direct.current_context(), kernel, *map(type, values)  # there may have been no context before
             if key not in _functions:
                 if len(_functions) >= _MOST_FUNCTIONS:
                     _functions.clear()
                 _functions[key] = direct.function_of(kernel, arguments)
+
+
+class Prepared:
+    """A launch of which all is known but the blocks, the stream and the numbers in the slots of its arguments.
+
+    To type, to flatten and to write the fifty numbers of a KD kernel takes longer than the rest of a call; most of them
+    are the same in each. ``codes``: the types of the slots, as ``struct`` calls them.
+    """
+
+    __slots__ = ("arguments", "codes", "functions", "kernel", "threads")
+
+    def __init__(self, kernel: Any, threads: int, arguments: tuple[Any, ...], codes: str) -> None:
+        self.kernel, self.threads, self.arguments, self.codes = kernel, threads, arguments, codes
+        #: By context; None: what only Numba can launch.
+        self.functions: dict[int, direct.Function | None] = {}
+
+
+def launch_prepared(prepared: Prepared, blocks: int, stream: Any, *values: Any) -> None:
+    """As :func:`launch`, with ``values`` in the slots."""
+    if blocks <= 0:
+        return
+    queue = as_queue(stream)
+    context = queue.context or _context_of(queue.device)
+    if context:
+        function = prepared.functions.get(context)
+        if function is not None and function.launch(blocks, prepared.threads, queue.handle, values):
+            return
+    with on_device_of(queue):
+        arguments = direct.filled(prepared.arguments, values)
+        _configured(prepared.kernel, blocks, prepared.threads, as_stream(queue))(*arguments)
+        if direct.bindings() is not None:
+            context = direct.current_context()
+            if context not in prepared.functions:
+                slots = direct.slots_of(prepared.arguments, prepared.codes)
+                prepared.functions[context] = direct.function_of(prepared.kernel, arguments, slots)

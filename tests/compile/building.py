@@ -11,12 +11,14 @@ from numba import cuda
 from numba.core import types as nb
 from numba.cuda import dispatcher
 
+from kdcore.cuda import direct, launch, plans, streams
 from kdcore.cuda.groups import resident_blocks
 
 __all__ = [
     "RESIDENT",
     "STORED",
     "Built",
+    "Launched",
     "build",
     "group_signature",
     "kd_signature",
@@ -25,12 +27,15 @@ __all__ = [
     "most_registers",
     "most_threads",
     "rates",
+    "record_launches",
     "row_signature",
     "sparse_signature",
     "vector",
 ]
 
 STORED = {"float16": nb.float16, "bfloat16": nb.uint16, "float32": nb.float32, "float64": nb.float64}
+#: The address of a denominator, or the number itself.
+DIVISOR = nb.Tuple((nb.int64, nb.float64))
 #: The type of ``like``, by whether a kernel works in float64.
 _LIKE = {False: nb.float32, True: nb.float64}
 
@@ -40,6 +45,44 @@ RESIDENT = {
     capability: resident_blocks(kilobytes << 10)
     for capability, kilobytes in {(8, 0): 164, (9, 0): 228, (10, 0): 228, (12, 0): 100}.items()
 }
+
+
+class Launched(NamedTuple):
+    """What a launcher launches; ``again(kernel, queue)`` makes a function that does so, of another kernel."""
+
+    kernel: object
+    blocks: int
+    threads: int
+    arguments: tuple
+    again: object
+
+
+def record_launches(monkeypatch, make):
+    """The list of what launchers launch from now on, on a device that nobody has; make(dtype, *shape): an array."""
+    found = []
+
+    def record(kernel, blocks, threads, stream, *arguments):
+        def again(ours, queue):
+            return lambda: streams.launch(ours, blocks, threads, queue, *arguments)
+
+        found.append(Launched(kernel, blocks, threads, arguments, again))
+
+    def record_prepared(prepared, blocks, stream, *values):
+        def again(ours, queue):
+            other = streams.Prepared(ours, prepared.threads, prepared.arguments, prepared.codes)
+            return lambda: streams.launch_prepared(other, blocks, queue, *values)
+
+        arguments = direct.filled(prepared.arguments, values)
+        found.append(Launched(prepared.kernel, blocks, prepared.threads, arguments, again))
+
+    monkeypatch.setattr(launch, "launch", record)
+    monkeypatch.setattr(launch, "launch_prepared", record_prepared)
+    monkeypatch.setattr(launch, "scratch", lambda shape, dtype, stream: make(dtype, *shape))
+    monkeypatch.setattr(launch, "set_words", lambda *of: True)
+    monkeypatch.setattr(launch, "current_context", lambda: 0)
+    monkeypatch.setattr(launch, "on_device_of", lambda stream: streams._HERE)
+    monkeypatch.setattr(plans, "_of_device", plans._SIMULATED.__getitem__)
+    return found
 
 
 def matrix(tag):
@@ -60,7 +103,7 @@ def kd_signature(
     """Of ``kernels.kd_kernel``; the first three are names of dtypes."""
     parameter = nb.float32 if two_formulas and not wide else nb.float64
     return (
-        matrix(STORED[student]), matrix(STORED[teacher]), vector(labels), vector(weights), nb.int64, nb.int64,
+        matrix(STORED[student]), matrix(STORED[teacher]), vector(labels), vector(weights), nb.int64, DIVISOR,
         nb.float64, nb.float64, nb.float64, nb.float64, parameter, rates(_LIKE[wide]), nb.int64,
         _LIKE[wide], matrix(STORED[gradient]),
         nb.UniTuple(nb.int64, 3), nb.int64,
@@ -83,7 +126,7 @@ def sparse_signature(
     """Of ``sparse.sparse_kd_kernel``; the first two are names of dtypes."""
     return (
         matrix(STORED[student]), matrix(indices), matrix(log_probs), vector(log_probs), vector(indices), nb.int64,
-        nb.int64, vector(labels), vector(weights), nb.int64, nb.int64, nb.float64, nb.float64, nb.float64,
+        nb.int64, vector(labels), vector(weights), nb.int64, DIVISOR, nb.float64, nb.float64, nb.float64,
         rates(_LIKE[wide]), nb.int64, _LIKE[wide], matrix(STORED[gradient]), nb.UniTuple(nb.int64, 3), nb.int64,
     )  # fmt: skip
 

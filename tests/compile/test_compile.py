@@ -23,6 +23,7 @@ from building import (
     matrix,
     most_threads,
     rates,
+    record_launches,
     row_signature,
     sparse_signature,
     vector,
@@ -33,9 +34,8 @@ from sass import functions_of, width_of
 
 from kdcore import divergences
 from kdcore.cuda import groups, kernels, launch, plans, rows, sparse, states
+from kdcore.cuda.arrays import DeviceArray, layout_of
 from kdcore.cuda.distillation import Parts, parts_of
-from kdcore.cuda.libraries import Description
-from kdcore.cuda.memory import DeviceArray
 from kdcore.divergences import Divergence, as_divergence, exp, log, where
 from kdcore.objective import TAILS, Objective
 
@@ -211,6 +211,17 @@ def test_sums(capability):
     build(kernels.reduce_kernel, (address, nb.int64, address), capability)
 
 
+@pytest.mark.parametrize(("stored", "factors"), PAIRS)
+def test_products(stored, factors):
+    wide = stored == "float64"
+    signature = matrix(STORED[stored]), vector(STORED[factors]), nb.int64, nb.int64, nb.float64 if wide else nb.float32
+    built = build(kernels.multiply_kernel, signature, turn(CAPABILITIES, PAIRS.index((stored, factors))))
+    assert (built.stack, built.spilled) == (0, 0)
+    opcodes = {code for of in functions_of(built.code).values() for block in of.blocks.values() for code in block}
+    assert any(code.startswith("FMUL") or wide for code in opcodes)
+    assert wide or not any(code.startswith("DMUL") for code in opcodes)
+
+
 @pytest.mark.parametrize("value", [nb.float64, nb.float32, nb.int64, nb.int32], ids=str)
 def test_fill(value):
     build(kernels.fill_kernel, (nb.int64, nb.int64, value), (9, 0))
@@ -246,8 +257,9 @@ def test_sums_of_states():
 
 
 def test_no_kernel_is_left_out():
-    tested = {"BIAS_KERNELS", "fill_kernel", "kd_kernel", "matmul_kernel", "reduce_kernel", "row_kernel"}
-    assert {name for name in kernels.__all__ if "kernel" in name.lower()} == tested | {"weight_sum_kernel"}
+    tested = {"BIAS_KERNELS", "fill_kernel", "kd_kernel", "matmul_kernel", "multiply_kernel", "reduce_kernel"}
+    tested |= {"row_kernel", "weight_sum_kernel"}
+    assert {name for name in kernels.__all__ if "kernel" in name.lower()} == tested
     assert {name for name in groups.__all__ if "kernel" in name.lower()} == {"group_kernel"}
     assert sparse.__all__ == ["sparse_kd_kernel"]
     of_states = {"finish_kernel", "gradient_kernel", "merge_kernel", "scale_kernel", "state_kernel"}
@@ -306,21 +318,22 @@ def test_a_kernel_of_row_functions(stored, like, layout):
 def device_array(dtype, *shape):
     dtype = np.dtype(getattr(ml_dtypes, str(dtype), dtype))
     strides = np.empty(shape, dtype).strides
-    return DeviceArray(Description(4096, shape, strides, dtype, True, 0, None), None)
+    return DeviceArray(next(_ADDRESSES), layout_of(tuple(shape), tuple(strides), dtype), None, 0)
+
+
+_ADDRESSES = itertools.count(4096, 1 << 32)
 
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What is launched on a device that nobody has: (kernel, threads, the types of its arguments)."""
-    calls = []
+    """What is launched on a device that nobody has."""
+    return record_launches(monkeypatch, device_array)
 
-    def record(kernel, blocks, threads, stream, *arguments):
-        calls.append((kernel, threads, tuple(map(typeof, arguments))))
 
-    monkeypatch.setattr(launch, "launch", record)
-    monkeypatch.setattr(launch, "full", lambda shape, dtype, value, stream: device_array(dtype, *shape))
-    monkeypatch.setattr(plans, "_of_device", plans._SIMULATED.__getitem__)
-    return calls
+def what(launched):
+    """(kernel, threads, the types of the arguments) of the last launch."""
+    last = launched.pop()
+    return last.kernel, last.threads, tuple(map(typeof, last.arguments))
 
 
 def launch_kd(student, teacher, size, divergence, alpha, temperature):
@@ -347,8 +360,8 @@ def test_kd_is_launched_as_it_is_built(launched, student, parts, size):
         expected = [(kernels.kd_kernel(PARTS[parts], *formulas, wide), wide)]
         if two_formulas and not wide:
             expected.append((kernels.kd_kernel(PARTS[parts], *formulas, True, left=True), True))
-        for kernel_of_it, in_float64 in expected:
-            kernel, threads, arguments = launched.pop(0)
+        for kernel_of_it, in_float64 in reversed(expected):
+            kernel, threads, arguments = what(launched)
             assert kernel is kernel_of_it
             types = nb.int32, nb.float32, two_formulas
             assert arguments == kd_signature(student, teacher, student, in_float64, *types)
@@ -360,7 +373,7 @@ def test_kd_is_launched_as_it_is_built(launched, student, parts, size):
 @pytest.mark.parametrize("parts", PARTS)
 def test_groups_are_launched_as_they_are_built(launched, parts, size):
     launch_kd("float16", "bfloat16", size, divergences.forward_kl(), *OBJECTIVES[parts])
-    kernel, threads, arguments = launched.pop()
+    kernel, threads, arguments = what(launched)
     assert kernel is groups.group_kernel(PARTS[parts], threads, RESIDENT[9, 0])
     teacher = "bfloat16" if parts != "hard" else "float16"
     assert arguments == group_signature("float16", teacher, "float16", nb.int32, nb.float32)
@@ -380,7 +393,7 @@ def test_sparse_teachers_are_launched_as_they_are_built(launched, student, parts
         Objective(divergences.forward_kl(), temperature, temperature, alpha, 4.0, -1), device_array(student, 2, 30000),
         *of_rows, device_array("int64", 2, 2), None,
     )  # fmt: skip
-    kernel, threads, arguments = launched.pop()
+    kernel, threads, arguments = what(launched)
     wide = student == "float64"
     assert kernel is sparse.sparse_kd_kernel(PARTS[parts].hard, PARTS[parts].power, tail == "uniform", wide)
     assert arguments == sparse_signature(student, student, wide, nb.int32, nb.float16, nb.int32, nb.float32)
@@ -393,7 +406,7 @@ def test_sparse_teachers_are_launched_as_they_are_built(launched, student, parts
 def test_row_operations_are_launched_as_they_are_built(launched, name, stored, out, size):
     to = device_array(out, 2) if name == "logsumexp" else device_array(out, 2, size)
     getattr(launch, f"{name}_rows")(device_array(stored, 2, size), 2.0, to, device_array("int64", 0, 2), None)
-    kernel, threads, arguments = launched.pop()
+    kernel, threads, arguments = what(launched)
     wide = stored == "float64"
     assert kernel is kernels.row_kernel(name, wide)
     assert arguments == row_signature(stored, out, wide)

@@ -6,12 +6,15 @@ kernel has parameters, as many bytes of each as the compiler says.
 
 import ctypes
 import re
+import sys
 import types
+from pathlib import Path
 from unittest import mock
 
 import ml_dtypes
 import numpy as np
 import pytest
+from building import record_launches
 from numba import cuda
 from numba.cuda import dispatcher
 from numba.cuda.cudadrv.driver import CudaAPIError
@@ -95,13 +98,8 @@ def compiled_sizes(kernel, arguments, capability=(9, 0)):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the launchers launch: [(kernel, blocks, threads, stream, arguments)]."""
-    found = []
-    monkeypatch.setattr(launch, "launch", lambda kernel, *of: found.append((kernel, *of[:3], of[3:])))
-    monkeypatch.setattr(launch, "full", lambda shape, dtype, value, stream: device_array(dtype, *shape))
-    monkeypatch.setattr(plans, "_of_device", plans._SIMULATED.__getitem__)
-    monkeypatch.setattr(launch, "on_device_of", lambda stream: streams._HERE)
-    return found
+    """What the launchers launch."""
+    return record_launches(monkeypatch, device_array)
 
 
 @pytest.fixture
@@ -176,12 +174,13 @@ def as_bytes(value):
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_parameters_are_those_of_the_compiler(calls, use, name):
     LAUNCHES[name]()
-    kernel, blocks, threads, _, arguments = calls[-1]
+    kernel, blocks, threads, arguments, again = calls[-1]
     assert (name == "group") == (kernel.__wrapped__.__module__ == groups.__name__)
     driver = use(Driver(compiled_sizes(kernel, arguments)))
     ours = Kernel(kernel, driver.CUkernel())
+    start = again(ours, QUEUE)
     for count in range(3):
-        streams.launch(ours, blocks, threads, QUEUE, *arguments)
+        start()
         assert (ours.launched, len(driver.launched)) == (1, count)
     expected = blocks, threads, 77, [as_bytes(value) for value in flattened(arguments)]
     assert driver.launched == [expected] * 2
@@ -312,6 +311,183 @@ def test_launches_at_the_same_time_have_parameters_of_their_own(ready):
     _, (_, _, _, inner), (_, _, _, outer) = driver.launched
     assert inner == [as_bytes(value) for value in (5, np.float32(6), 7, 8.0)]
     assert outer == [as_bytes(value) for value in (1, np.float32(2), 3, 4.0)]
+
+
+# --- launches that are prepared --------------------------------------------------------------------------------------
+
+
+#: A parameter of two slots, one of them twice, among such that stay as they are.
+PARTLY = (direct.Slot(1), np.float32(2), (direct.Slot(0), np.uint16(7), direct.Slot(1)), -1.5)
+
+
+def prepared_for(driver, codes="dq", arguments=PARTLY):
+    driver.sizes = [8, 4, 8, 2, 8, 8]
+    return streams.Prepared(Kernel(KERNEL, driver.CUfunction()), 64, arguments, codes)
+
+
+def parameters_of(number, address):
+    return [as_bytes(value) for value in (address, np.float32(2), number, np.uint16(7), address, -1.5)]
+
+
+def test_a_prepared_launch_brings_what_is_in_its_slots(use):
+    driver = use(Driver([]))
+    prepared = prepared_for(driver)
+    for number, address in [(0.5, LARGE), (-1e300, SMALL), (0.25, 3)]:
+        streams.launch_prepared(prepared, 5, QUEUE, number, address)
+    expected = [(5, 64, 77, parameters_of(*of)) for of in ((-1e300, SMALL), (0.25, 3))]
+    assert (prepared.kernel.launched, driver.launched) == (1, expected)
+    streams.launch_prepared(prepared, 0, QUEUE, 1.0, 1)
+    assert len(driver.launched) == 2
+    streams.launch_prepared(prepared, 1, QUEUE, 1.0, 2**63)  # no int64: Numba says so
+    assert (prepared.kernel.launched, len(driver.launched)) == (2, 2)
+
+
+def test_numba_gets_the_same_numbers(use):
+    given = []
+    prepared = prepared_for(use(Driver([])))
+    kernel = mock.MagicMock()
+    kernel.__getitem__.side_effect = lambda configuration: lambda *arguments: given.append((configuration, arguments))
+    kernel.overloads = {}
+    prepared.kernel = kernel
+    streams.launch_prepared(prepared, 5, QUEUE, 0.5, LARGE)
+    assert given == [((5, 64, 0), (LARGE, np.float32(2), (0.5, np.uint16(7), LARGE), -1.5))]
+
+
+def test_a_slot_has_the_type_of_its_parameter(use):
+    driver = use(Driver([]))
+    with pytest.raises(TypeError, match="cannot be numbers of the types qq"):
+        streams.launch_prepared(prepared_for(driver, "qq"), 5, QUEUE, 0.5, 3)
+    assert not driver.launched
+
+
+def test_a_prepared_launch_belongs_to_its_context(use):
+    driver = use(Driver([]))
+    prepared = prepared_for(driver)
+    for context, by_numba, by_driver in [(10, 1, 0), (11, 2, 0), (11, 2, 1), (10, 2, 2), (0, 3, 2), (10, 3, 3)]:
+        driver.context = context
+        streams.launch_prepared(prepared, 5, QUEUE, 0.5, 3)
+        assert (prepared.kernel.launched, len(driver.launched)) == (by_numba, by_driver)
+    driver.context = 0  # what a queue says of its context, is not asked again within a call
+    streams.launch_prepared(prepared, 5, QUEUE._replace(context=11), 0.5, 3)
+    assert (prepared.kernel.launched, len(driver.launched)) == (3, 4)
+
+
+def test_prepared_launches_at_the_same_time_have_parameters_of_their_own(use):
+    driver = use(Driver([]))
+    prepared = prepared_for(driver)
+
+    def again():
+        driver.while_launching = lambda: None
+        streams.launch_prepared(prepared, 5, QUEUE, 0.25, 4)
+
+    streams.launch_prepared(prepared, 5, QUEUE, 0.0, 0)
+    driver.while_launching = again
+    streams.launch_prepared(prepared, 5, QUEUE, 0.5, 3)
+    assert [parameters for *_, parameters in driver.launched] == [parameters_of(0.25, 4), parameters_of(0.5, 3)]
+
+
+def test_words_are_set_by_the_driver(monkeypatch, use):
+    driver, found = use(Driver([])), []
+    driver.cuMemsetD32Async = lambda *of: found.append(of) or (driver.result,)
+    assert direct.set_words(LARGE, 0xFFFFFFFF, 12, 77)
+    assert found == [(LARGE, 0xFFFFFFFF, 12, 77)]
+    driver.result = driver._error("INVALID_VALUE")
+    with pytest.raises(CudaAPIError, match="cuMemsetD32Async results in CUDA_ERROR_INVALID_VALUE"):
+        direct.set_words(0, 0, 1, 77)
+    monkeypatch.setattr(direct, "bindings", lambda: None)
+    assert not direct.set_words(LARGE, 0, 1, 77)
+
+
+def test_the_word_of_blank_records():
+    assert np.full(2, groups.BLANK & 0xFFFFFFFF, np.uint32).view(np.int64) == groups.BLANK
+
+
+def test_what_a_call_queues(monkeypatch):
+    """By reduction: launches, and the driver's memset. And how many functions of Python's a call goes through."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import host_time
+
+    for library in ("CuPy", "Numba", "interface"):
+        for kernel, size, reduction in host_time.CASES:
+            with host_time.stand_ins(library) as (driver, array), plans.using(kernel=kernel):
+                call = host_time.call_of(array, size, reduction)
+                call()
+                driver.counting = True
+                call()
+                driver.counting = False
+                expected = {"cuCtxGetCurrent": 1, "cuLaunchKernel": 1 if reduction == "none" else 3}
+                if kernel == "group":
+                    expected["cuMemsetD32Async"] = 1
+                assert driver.calls == expected
+                functions = []
+                sys.setprofile(lambda frame, event, of, to=functions: to.append(frame) if event == "call" else None)
+                try:
+                    call()
+                finally:
+                    sys.setprofile(None)
+                ours = [frame for frame in functions if "kdcore" in frame.f_globals.get("__name__", "")]
+                # Each takes a quarter of a microsecond or so; where layouts are not remembered there are twice as many.
+                assert 50 < len(ours) < 140, f"{library}, {kernel}, {reduction}: {len(ours)}"
+
+
+@pytest.mark.parametrize("by_driver", [True, False])
+def test_records_and_counts_are_blank_before_a_group_looks(monkeypatch, by_driver):
+    by_words, by_kernel, launched = [], [], []
+    monkeypatch.setattr(launch, "set_words", lambda *of: by_words.append(of) or by_driver)
+    monkeypatch.setattr(launch, "fill", lambda array, value, of: by_kernel.append((array.address, array.size, value)))
+    monkeypatch.setattr(launch, "launch_prepared", lambda *of: launched.append(of))
+    monkeypatch.setattr(launch, "current_context", lambda: 0)
+    monkeypatch.setattr(launch, "on_device_of", lambda stream: streams._HERE)
+    monkeypatch.setattr(launch, "scratch", lambda shape, dtype, stream: device_array(dtype, *shape))
+    monkeypatch.setattr(plans, "_of_device", plans._SIMULATED.__getitem__)
+    kd("float32", "float32", 256_000)
+    ((_, blocks, _, *values),) = launched
+    counts, records = values[-2:]
+    of_records = blocks * groups.PUBLISHED  # of two rows
+    size = of_records + 2 + 1
+    assert counts == records + 8 * of_records
+    assert by_words == [(records, 0xFFFFFFFF, 2 * size, 0)]
+    assert by_kernel == ([] if by_driver else [(records, size, groups.BLANK)])
+
+
+def test_what_is_prepared_is_for_one_plan_and_one_objective(monkeypatch):
+    """The same arrays by another kernel, and with another temperature: neither is launched as the one before."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import host_time
+
+    import kdcore
+
+    with host_time.stand_ins("CuPy") as (driver, array):
+        student, teacher, labels = array((8, 32768), "float32"), array((8, 32768), "float32"), array((8,), "int64")
+        constants = []
+        made = direct.Function.__init__
+
+        def make(self, driver, handle, codes, compiled, slots=None, values=()):
+            made(self, driver, handle, codes, compiled, slots, values)
+            constants.append(values)
+
+        monkeypatch.setattr(direct.Function, "__init__", make)
+
+        def counts(kernel, *options):
+            driver.calls.clear()
+            driver.counting = True
+            constants.clear()
+            with plans.using(kernel=kernel):
+                kdcore.kd_loss(student, teacher, labels, *options, reduction="none")
+            return driver.calls.get("cuMemsetD32Async", 0), driver.calls.get("cuLaunchKernel", 0)
+
+        for kernel, memsets in (("row", 0), ("group", 1)):
+            assert counts(kernel, 2.0, 0.3) == (memsets, 0)  # the first launch is Numba's
+            assert counts(kernel, 2.0, 0.3) == (memsets, 1)
+        for options in ((3.0, 0.3), (2.0, 0.4)):
+            assert counts("row", *options) == (0, 0)
+            (values,) = constants
+            assert {2.0, 0.3} & set(values) != {2.0, 0.3} and set(options) <= set(values)
+            assert counts("row", *options) == (0, 1)
+        assert counts("row", 2.0, 0.3) == (0, 1)
+
+
+# --- what a launch needs ---------------------------------------------------------------------------------------------
 
 
 def test_types_of_arguments():

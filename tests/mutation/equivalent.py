@@ -278,11 +278,6 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
             "step = max(1, _CHUNK // classes)",
             "step = max((2), _CHUNK // classes)",
         ),
-        (
-            "arguments.py",
-            "return 0 in tuple(array.shape) or all( outer_stride == inner_n * inner_stride for (_, outer_stride), (inner_n, inner_stride) in pairwise(dims) )",
-            "return (0 in tuple(array.shape) and all((outer_stride == inner_n * inner_stride for (_, outer_stride), (inner_n, inner_stride) in pairwise(dims))))",
-        ),
     ],
     "CPython has freed the file's objects by then": [
         (
