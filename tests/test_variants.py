@@ -751,8 +751,9 @@ def test_errors(variant):
         ({"threads": 0}, kdcore.DomainError, "threads"),
         ({"validate": 1}, kdcore.DTypeError, "validate"),
         ({"scale_t2": 1}, kdcore.DTypeError, "scale_t2"),
-        ({"student_logits": OnDevice()}, kdcore.DeviceMismatchError, "on host arrays only"),
-        ({"labels": OnDevice()}, kdcore.DeviceMismatchError, "on host arrays only"),
+        ({"student_logits": OnDevice()}, kdcore.DeviceMismatchError, "student_logits on a device, teacher"),
+        ({"labels": OnDevice()}, kdcore.DeviceMismatchError, "labels on a device, student_logits, teacher"),
+        ({"stream": 1}, kdcore.DomainError, "stream=1 is for device arrays"),
     ]:
         with pytest.raises(error, match=message):
             call(**changes)

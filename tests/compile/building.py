@@ -18,15 +18,19 @@ __all__ = [
     "STORED",
     "Built",
     "build",
+    "dkd_signature",
     "group_signature",
     "kd_signature",
     "label_of",
     "matrix",
+    "mixture_signature",
     "most_registers",
     "most_threads",
     "rates",
     "row_signature",
     "sparse_signature",
+    "standardize_signature",
+    "standardized_signature",
     "vector",
 ]
 
@@ -82,6 +86,39 @@ def sparse_signature(
         matrix(STORED[student]), matrix(indices), matrix(log_probs), vector(log_probs), vector(indices), nb.int64,
         nb.int64, vector(labels), vector(weights), nb.int64, nb.int64, nb.float64, nb.float64, nb.float64,
         rates(_LIKE[wide]), nb.int64, _LIKE[wide], matrix(STORED[gradient]), nb.UniTuple(nb.int64, 3), nb.int64,
+    )  # fmt: skip
+
+
+def dkd_signature(student, teacher, gradient, labels=nb.int64, weights=nb.float64):
+    """Of ``variants.dkd_kernel``; the first three are names of dtypes."""
+    return (
+        matrix(STORED[student]), matrix(STORED[teacher]), nb.float64, nb.float64, vector(labels), vector(weights),
+        nb.int64, nb.int64, nb.float64, nb.float64, nb.float64, nb.int64, matrix(STORED[gradient]),
+        nb.UniTuple(nb.int64, 3), nb.int64,
+    )  # fmt: skip
+
+
+def mixture_signature(teacher, shares=nb.float64, labels=nb.int64, weights=nb.float64):
+    """Of ``variants.mixture_kernel``; the first is a name of a dtype."""
+    return (
+        matrix(STORED[teacher]), nb.int64, nb.int64, matrix(shares), nb.float64, vector(labels), vector(weights),
+        nb.int64, nb.float64, nb.int64, matrix(nb.float64), nb.int64,
+    )  # fmt: skip
+
+
+def standardize_signature(logits, labels=nb.int64, weights=nb.float64):
+    """Of ``variants.standardize_kernel``; the first is a name of a dtype."""
+    return (
+        matrix(STORED[logits]), nb.int64, vector(labels), vector(weights), nb.int64, nb.int64, matrix(nb.float64),
+        nb.int64, nb.int64,
+    )  # fmt: skip
+
+
+def standardized_signature(student, gradient, labels=nb.int64, weights=nb.float64):
+    """Of ``variants.standardized_kernel``; the first two are names of dtypes."""
+    return (
+        matrix(STORED[student]), vector(labels), vector(weights), nb.int64, nb.int64, nb.float64, nb.int64,
+        *(matrix(nb.float64),) * 2, nb.int64, nb.int64, matrix(STORED[gradient]), nb.UniTuple(nb.int64, 3), nb.int64,
     )  # fmt: skip
 
 
