@@ -339,8 +339,8 @@ def row_blocks(engine: Engine, lead: tuple[int, ...], arrays: list[Any]) -> list
 
 
 def check_logits(engine: Engine, status: Any, lead: tuple[int, ...], names: dict[int, str] = PAIR) -> None:
-    """Raise for the first row of logits that a kernel could not use."""
-    codes = engine.memory.to_host(status)
+    """Raise for the first row of logits that a kernel could not use; ``status`` may have been read already."""
+    codes = status if isinstance(status, np.ndarray) else engine.memory.to_host(status)
     if not np.count_nonzero(codes):  # rowstatus.OK is 0
         return
     unusable = np.isin(codes[:, 0] // 10 * 10, list(names)) & (codes[:, 0] != rowstatus.OK)

@@ -278,9 +278,10 @@ def _shares_on_device(teacher_weights: Any, call: KDCall) -> Any:
     if array.dtype.name not in ("float32", "float64"):
         raise DTypeError(f"teacher_weights must be float32 or float64 on a device, got dtype {array.dtype}")
     _check_shape_of_shares(array, call.lead, count)
-    rows = 1 if array.ndim == 1 else math.prod(call.lead)
+    if array.ndim <= 2:
+        return call.engine.memory.as_rows(array)
     try:
-        return array.reshape((rows, count))
+        return array.reshape((math.prod(call.lead), count))
     except ShapeError as error:
         raise ShapeError(f"teacher_weights: {error}") from None
 

@@ -303,8 +303,8 @@ def test_dkd_needs_labels_whatever_alpha():
 # --- mixtures of teachers ------------------------------------------------------------------------------------------
 
 
-def assert_mixture(s, teachers, shares, y, T, alpha, **kind):
-    result = mixture(s, teachers, y, T, alpha, teacher_weights=shares, reduction="none", **kind)
+def assert_mixture(s, teachers, shares, y, T, alpha, call=mixture, **kind):
+    result = call(s, teachers, y, T, alpha, teacher_weights=shares, reduction="none", **kind)
     shares = np.broadcast_to(shares, (len(s), len(teachers)))
     for i in range(len(s)):
         log_p = mixed_logs([t[i] for t in teachers], shares[i], T)
