@@ -58,7 +58,7 @@ def on_device(function):
         if "weights" in options:
             options["weights"] = np.asarray(options["weights"], np.float64)
         options = {name: put(value) for name, value in options.items()}
-        with plans.using(threads=32 if np.shape(student)[-1] < 50 else None):  # the simulator takes its time
+        with plans.using(threads=32 if tuple(student.shape)[-1] < 50 else None):  # the simulator takes its time
             result = function(put(student), teacher, labels, *arguments, **options)
         return type(result)(*map(get, result))
 
