@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str
 if REASON is None:
     from numba import cuda
 
-    from kdcore.cuda import plans, variants as engine
+    from kdcore.cuda import memory, plans, variants as engine
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 NAN = np.nan
@@ -102,7 +102,7 @@ variants = pytest.mark.parametrize("variant", list(HOST), ids=["dkd", "mixture",
 def test_dkd_is_the_textbooks(dtype, V):
     for seed, (T, alpha, scale) in enumerate([(1.0, 0.0, 1.0), (4.0, 0.3, 10.0), (2.0, 0.9, 30.0), (0.7, 0.5, 0.1)]):
         s, t, y = problem(2, V, seed, scale, dtype, DTYPES[seed])
-        factors = {"target": 1.0, "nontarget": 8.0} if seed % 2 else {"target": 0.5, "nontarget": 2.0}
+        factors = {"target": 1.0, "nontarget": 8.0} if seed % 2 else {"target": 3.0, "nontarget": 0.5}
         result = dkd(
             s, t, y, T, alpha, target_weight=factors["target"], nontarget_weight=factors["nontarget"],
             reduction="none", scale_t2=seed != 3, validate=True,
@@ -147,12 +147,13 @@ def test_dkd_where_classes_are_ruled_out():
         ([0.5, -INF, -INF, -INF], [1.0, -INF, -INF, -INF]),
         ([0.5, -INF, 1.0, -INF], [1.0, -INF, -INF, -1.0]),
         ([0.5, 1.0, -INF, 2.0], [1.0, 0.0, -4e3, -1.0]),  # and where p' has underflowed to 0
+        ([-INF, 1.0, -0.5, 2.0], [-4e3, 0.0, 3.0, -1.0]),  # or p_y
     ]
     s, t = (np.array(rows) for rows in zip(*cases, strict=True))
     for alpha in (0.0, 0.3):
         result = dkd(s, t, np.zeros(len(cases), int), 2.0, alpha, reduction="none", validate=True)
         assert_rows(result, s, [dkd_row(s[i], t[i], 0, 2.0, alpha) for i in range(len(cases))], alpha)
-        infinite = [False, True, alpha > 0, False, True, False, False, False, True, True]
+        infinite = [False, True, alpha > 0, False, True, False, False, False, True, True, True]
         assert np.isposinf(result.loss).tolist() == infinite
         assert np.abs(result.gradient.sum(axis=1)).max() < 1e-12
 
@@ -296,8 +297,8 @@ def test_teachers_that_cannot_be_used():
     for value, words in [(NAN, r"teachers\[1\]\[2, 3\] is nan"), (INF, r"teachers\[1\]\[2, 3\] is \+inf")]:
         bad = t.copy()
         bad[2, 3] = value
-        for teachers in ([t, bad], [t, bad, bad]):  # the first of several is named
-            with pytest.raises(kdcore.NonFiniteError, match=words):
+        for teachers, k in (([t, bad], 1), ([t, bad, bad], 1), ([bad, bad], 0)):  # the first of several is named
+            with pytest.raises(kdcore.NonFiniteError, match=words.replace("1", str(k))):
                 mixture(s, teachers, y, 1.0, 0.5, validate=True)
             result = mixture(s, teachers, y, 1.0, 0.5, reduction="none")
             assert np.isnan(result.loss).tolist() == [False, False, True]
@@ -317,7 +318,8 @@ def test_a_reverse_kl_that_leaves_no_gradient():
         assert result.loss == INF and np.isnan(result.gradient).all()
         with pytest.raises(kdcore.UndefinedGradientError, match="reverse_kl"):
             call(None, 1.0, 0.0, divergence="reverse_kl", validate=True)
-    hard = standardized(np.array([[0.0, 1.0, 3.0]]), t, [0], 1.0, 0.5, divergence="reverse_kl")
+    t = np.array([[0.0, -INF, 1.0, 0.5]])
+    hard = standardized(np.array([[0.0, 1.0, 3.0, -INF]]), t, [0], 1.0, 0.5, divergence="reverse_kl")
     assert hard.loss == INF and np.isnan(hard.gradient).all() and np.isfinite(hard.ce)
 
 
@@ -540,22 +542,22 @@ def test_leading_shapes(variant):
 @variants
 def test_no_bit_depends_on_how_many_rows_there_are(variant, monkeypatch):
     s, t, y = problem(5, 13, dtype=F32)
-    t[3, 2] = NAN
+    t[1, 2] = NAN
     function = partial(variant, s, t)
     if variant is mixture_of_three:
         shares = np.random.default_rng(0).dirichlet(np.ones(3), 5)
         function = partial(mixture, s, teachers_of(t), teacher_weights=shares)
     whole = function(y, 2.0, 0.3, reduction="none")
-    assert np.isnan(whole.loss).tolist() == [False, False, False, True, False]
+    assert np.isnan(whole.loss).tolist() == [False, True, False, False, False]
     monkeypatch.setattr(engine, "_CHUNK", 30)  # two rows at a time
     for a, b in zip(function(y, 2.0, 0.3, reduction="none"), whole, strict=True):
         same_bits(a, b)
-    with pytest.raises(kdcore.NonFiniteError, match=r"teacher.*\[3, 2\] is nan"):
+    with pytest.raises(kdcore.NonFiniteError, match=r"teacher.*\[1, 2\] is nan"):
         function(y, 2.0, 0.3, validate=True)
     if variant is not mixture_of_three:
-        part = variant(s[1:3], t[1:3], y[1:3], 2.0, 0.3, reduction="none")
+        part = variant(s[2:4], t[2:4], y[2:4], 2.0, 0.3, reduction="none")
         for a, b in zip(part, whole, strict=True):
-            same_bits(a, b[1:3])
+            same_bits(a, b[2:4])
 
 
 @variants
@@ -567,13 +569,13 @@ def test_rows_that_cannot_be_used(variant):
     for who in ("student_logits", "teacher"):
         bad = [s.copy(), t.copy()]
         for row, value in values.items():  # of the label, of another class, and a row without support
-            bad[who == "teacher"][row, 2 if row < 3 else 4 if row < 5 else slice(None)] = value
+            bad[who == "teacher"][row, 2 if row < 3 else 0 if row < 5 else slice(None)] = value
         result = variant(*bad, y, 2.0, 0.3, reduction="none")
         assert np.isnan(result.loss).tolist() == [row in values for row in range(8)]
         assert np.isnan(result.gradient).all(axis=1).tolist() == [row in values for row in range(8)]
         assert not np.isnan(result.gradient[[0, 6, 7]]).any()
         for row, words in [
-            (1, r"\[0, 2\] is nan"), (2, r"\[0, 2\] is \+inf"), (3, r"\[0, 4\] is nan"), (4, r"\[0, 4\] is \+inf"),
+            (1, r"\[0, 2\] is nan"), (2, r"\[0, 2\] is \+inf"), (3, r"\[0, 0\] is nan"), (4, r"\[0, 0\] is \+inf"),
             (5, r"\[0\] is -inf in every class"),
         ]:  # fmt: skip
             with pytest.raises(kdcore.NonFiniteError, match=rf"^{who}\S*{words}"):
@@ -590,6 +592,29 @@ def test_rows_that_cannot_be_used(variant):
     ]:
         with pytest.raises(error, match=words):
             variant(s[:1], t[:1], labels[row : row + 1], 2.0, 0.3, validate=True, weights=weights[row : row + 1])
+
+
+@variants
+def test_nothing_waits_for_the_device_unless_asked(variant, monkeypatch):
+    def wait(*arguments):
+        raise RuntimeError("waits")
+
+    s, t, y = problem(2, 4)
+    monkeypatch.setattr(cuda, "synchronize", wait)
+    monkeypatch.setattr(memory, "to_host", wait)
+    assert np.isfinite(variant(s, t, y, 2.0, 0.3).loss)
+    with pytest.raises(RuntimeError, match="waits"):
+        variant(s, t, y, 2.0, 0.3, validate=True)
+
+
+@variants
+def test_bfloat16_needs_a_device_that_converts_to_it(variant, monkeypatch):
+    s, t, y = problem(2, 4, dtype=F32)
+    monkeypatch.setattr(plans, "_of_device", lambda name: 7)
+    variant(s, t, y, 2.0, 0.3)
+    for pair in ((s.astype(BFLOAT16), t), (s, t.astype(BFLOAT16))):
+        with pytest.raises(kdcore.DeviceUnavailableError, match="bfloat16"):
+            variant(*pair, y, 2.0, 0.3)
 
 
 @variants

@@ -1,9 +1,10 @@
 """Variants of the KD objective on CUDA (see :mod:`kdcore.variants`): kernels, one block a row, and their launchers.
 
 Arguments are those of :mod:`kdcore.cuda.kernels`. All is worked in float64, whatever it is stored in, and class by
-class, since eight of them at a time would take all registers. **Decoupled KD** is one kernel. **Mixtures and
-standardised logits** become rows of float64 in scratch memory, for the engine's own :func:`kdcore.cuda.launch.kd_rows`:
-as many rows at a time as fit into buffers of _CHUNK elements. No bit depends on how many these are.
+class: eight of them at a time would take all registers. A thread has some hundreds of them, too few for its sums to
+need more than float64. **Decoupled KD** is one kernel. **Mixtures and standardised logits** become rows of float64 in
+scratch memory, for the engine's own :func:`kdcore.cuda.launch.kd_rows`: as many rows at a time as fit into buffers of
+_CHUNK elements. No bit depends on how many these are.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from kdcore.cuda.rows import (
     SCRATCH,
     block_maxima,
     block_sums,
-    carry,
+    block_total,
     condition_of,
     cross_entropy_of,
     fill_row,
@@ -170,21 +171,20 @@ def dkd_kernel(hard, power):
     @cuda.jit(device=True)
     def sums_of_others(s, t, label, size, m_s, m_t, rate, rate_at_one, shared):
         """(z_s, z_h, z_t, w) of all classes but the label, relative to their maxima; w is scaled by HEADROOM."""
-        zero = np.float64(0)
-        z_s, low_s, z_h, low_h, z_t, low_t, w, low_w = zero, zero, zero, zero, zero, zero, zero, zero
+        z_s, z_h, z_t, w = np.float64(0), np.float64(0), np.float64(0), np.float64(0)
         v = np.int64(cuda.threadIdx.x)
         while v < size:
             if v != label:
                 x = _number_at(s, v)
                 d_s, d_t = scaled(x, m_s), scaled(_number_at(t, v), m_t)
                 e_s, e_t = exp2(_exponent(d_s, rate)), exp2(_exponent(d_t, rate))
-                z_s, low_s = carry(z_s, low_s, e_s)
-                z_t, low_t = carry(z_t, low_t, e_t)
-                w, low_w = carry(w, low_w, _forward_kl_moment(zero, e_t, d_t, d_s, 1.0))
+                z_s += e_s
+                z_t += e_t
+                w = _forward_kl_moment(w, e_t, d_t, d_s, 1.0)
                 if hard:
-                    z_h, low_h = carry(z_h, low_h, at_one(e_s, x, m_s, rate_at_one))
+                    z_h += at_one(e_s, x, m_s, rate_at_one)
             v += cuda.blockDim.x
-        return block_sums(z_s + low_s, z_h + low_h, z_t + low_t, w + low_w, shared)
+        return block_sums(z_s, z_h, z_t, w, shared)
 
     @kernel_of(most_threads(True))
     def kernel(
@@ -406,17 +406,16 @@ def mixture_rows(
 
 @cuda.jit(device=True)
 def _sum(row, size, scale, shift, power, shared):
-    """Sum of (scale x - shift)^power over the finite classes, with its rounding errors carried along."""
-    total, low = np.float64(0), np.float64(0)
+    """Sum of (scale x - shift)^power over the finite classes."""
+    total = np.float64(0)
     v = np.int64(cuda.threadIdx.x)
     while v < size:
         x = _number_at(row, v)
         if x > -math.inf:
             d = x * scale - shift
-            total, low = carry(total, low, d * d if power == 2 else d)
+            total += d * d if power == 2 else d
         v += cuda.blockDim.x
-    total, _, _, _ = block_sums(total + low, 0.0, 0.0, 0.0, shared)
-    return total
+    return block_total(total, shared)
 
 
 @cuda.jit(device=True)
