@@ -549,9 +549,13 @@ def test_no_bit_depends_on_how_many_rows_there_are(variant, monkeypatch):
         function = partial(mixture, s, teachers_of(t), teacher_weights=shares)
     whole = function(y, 2.0, 0.3, reduction="none")
     assert np.isnan(whole.loss).tolist() == [False, True, False, False, False]
+    buffers, scratch = [], engine.scratch
+    monkeypatch.setattr(engine, "scratch", lambda shape, *of: buffers.append(shape) or scratch(shape, *of))
     monkeypatch.setattr(engine, "_CHUNK", 30)  # two rows at a time
     for a, b in zip(function(y, 2.0, 0.3, reduction="none"), whole, strict=True):
         same_bits(a, b)
+    assert {dkd: 0, mixture_of_three: 1, standardized: 3}[variant] == buffers.count((2, 13))
+    assert max((math.prod(shape) for shape in buffers), default=0) <= 30
     with pytest.raises(kdcore.NonFiniteError, match=r"teacher.*\[1, 2\] is nan"):
         function(y, 2.0, 0.3, validate=True)
     if variant is not mixture_of_three:

@@ -97,7 +97,6 @@ _spread_scale = bind(formulas.spread_scale)
 _standardized = bind(formulas.standardized)
 _standardized_gradient = bind(formulas.standardized_gradient)
 
-
 #: The exponent of 2 of a logit that is relative to a maximum and scaled.
 _exponent = way_of(careful=True).exponent
 
@@ -534,7 +533,7 @@ def standardized_kernel(hard):
             h, soft = np.float64(0), mean_z * 0.0  # NaN where the gradient is not defined
             if hard:
                 e = exp2(_exponent(scaled(_number_at(s, v), m), rate))
-                h = _kd_gradient(e - z_h if v == label else e, 0.0, 0.0, scale / z_h, 0.0, 0.0)
+                h = _kd_gradient(e - z_h if v == label else e, 0.0, 0.0, scale / z_h, 0.0, 0.0)  # without a divergence
             if _number_at(of_z, v) > -math.inf:
                 soft = _standardized_gradient(_number_at(of_g, v), mean, _number_at(of_z, v), mean_z, of_std)
             store_real(g[0] + v * g[1], _kd_loss(h, soft, alpha), g[2])  # which is linear

@@ -538,6 +538,47 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
             "if (k >= 0) and culprits != 0 and load_stored(culprits + 24 * i, np.int64(0)) != OK:",
         ),
     ],
+    "exponentials are 0, relative to any number": [
+        (
+            "cuda/variants.py",
+            "m_s, m_t = m_s if student_rest else 0.0, m_t if teacher_rest else 0.0",
+            "m_s, m_t = m_s if student_rest else (1.0), m_t if teacher_rest else 0.0",
+        ),
+        (
+            "cuda/variants.py",
+            "m_s, m_t = m_s if student_rest else 0.0, m_t if teacher_rest else 0.0",
+            "m_s, m_t = m_s if student_rest else 0.0, m_t if teacher_rest else (1.0)",
+        ),
+    ],
+    "the other factor is 0": [
+        (
+            "cuda/variants.py",
+            "h = _kd_gradient(e - z_h if v == label else e, 0.0, 0.0, scale / z_h, 0.0, 0.0) # without a divergence",
+            "h = _kd_gradient(e - z_h if v == label else e, (1.0), 0.0, scale / z_h, 0.0, 0.0) # without a divergence",
+        ),
+        (
+            "cuda/variants.py",
+            "h = _kd_gradient(e - z_h if v == label else e, 0.0, 0.0, scale / z_h, 0.0, 0.0) # without a divergence",
+            "h = _kd_gradient(e - z_h if v == label else e, 0.0, (1.0), scale / z_h, 0.0, 0.0) # without a divergence",
+        ),
+        (
+            "cuda/variants.py",
+            "h = _kd_gradient(e - z_h if v == label else e, 0.0, 0.0, scale / z_h, 0.0, 0.0) # without a divergence",
+            "h = _kd_gradient(e - z_h if v == label else e, 0.0, 0.0, scale / z_h, (1.0), 0.0) # without a divergence",
+        ),
+        (
+            "cuda/variants.py",
+            "h = _kd_gradient(e - z_h if v == label else e, 0.0, 0.0, scale / z_h, 0.0, 0.0) # without a divergence",
+            "h = _kd_gradient(e - z_h if v == label else e, 0.0, 0.0, scale / z_h, 0.0, (1.0)) # without a divergence",
+        ),
+    ],
+    "what it says of an undefined gradient nobody reads": [
+        (
+            "cuda/variants.py",
+            "report(status, i, UNDEFINED_GRADIENT if undefined else OK, 0)",
+            "report(status, i, UNDEFINED_GRADIENT if undefined else OK, (1))",
+        ),
+    ],
 }
 
 EQUIVALENT = {mutant: reason for reason, mutants in _BY_REASON.items() for mutant in mutants}
