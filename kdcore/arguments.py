@@ -365,8 +365,8 @@ def row_blocks(engine: Engine, lead: tuple[int, ...], arrays: list[Any]) -> list
 
 
 def check_logits(engine: Engine, status: Any, lead: tuple[int, ...], names: dict[int, str] = PAIR) -> None:
-    """Raise for the first row of logits that a kernel could not use."""
-    codes = engine.memory.to_host(status)
+    """Raise for the first row of logits that a kernel could not use; ``status`` may have been read already."""
+    codes = status if isinstance(status, np.ndarray) else engine.memory.to_host(status)
     if not np.count_nonzero(codes):  # rowstatus.OK is 0
         return
     unusable = np.isin(codes[:, 0] // 10 * 10, list(names)) & (codes[:, 0] != rowstatus.OK)
@@ -622,7 +622,7 @@ def kd_call(
     weights = _flat_weights(engine, scales, lead, divisor, check)
 
     if gradient is not None:
-        read = [_array(engine, obj, name) for name, obj in also_read.items()] if also_read else ()
+        read = [None if obj is None else _array(engine, obj, name) for name, obj in also_read.items()]
         names = ("student_logits", "labels", "weights", *teachers, *also_read)
         _check_apart(engine, gradient, "student_logits", names, (student, classes, scales, *found, *read))
         if check and engine.on_host:  # before anything is written

@@ -31,6 +31,9 @@ __all__ = [
     "bound",
     "converted",
     "cross_entropy",
+    "dkd_divergence",
+    "dkd_factors",
+    "dkd_label_gradient",
     "exp",
     "exponent",
     "exprel",
@@ -47,10 +50,12 @@ __all__ = [
     "kd_loss",
     "log",
     "log_odds",
+    "log_of_sum",
     "log_ratio",
     "log_softmax",
     "merged_forward_kl",
     "outcome_term",
+    "probability_difference",
     "rate",
     "relu",
     "reverse_kl_slope",
@@ -64,11 +69,15 @@ __all__ = [
     "skew_reverse_kl_term",
     "soft_scale",
     "softplus",
+    "spread_scale",
+    "standardized",
+    "standardized_gradient",
     "tail_factor",
     "tail_shares",
     "tanh",
     "tvd_slope",
     "tvd_term",
+    "two_way_kl",
     "where",
 ]
 
@@ -221,6 +230,74 @@ def sigmoid(u, e):
 def softplus(u, e):
     """log(1 + exp(u)), where e = exp(-|u|): log q = -softplus(-u) and log(1 - q) = -softplus(u) of the log-odds u."""
     return where(u > 0.0, u, 0.0) + math.log1p(e)
+
+
+# --- decoupled KD --------------------------------------------------------------------------------------------------
+#
+# The label is one outcome, with log-odds u_s and u_t, and all other classes are the other: among these there are q' and
+# p', softmaxes whose sums z_s and z_t (z_h at T = 1) are relative to the others' maxima. With e = exp((x - m) / T) of a
+# class, 1 - h the student's probability of the others at T = 1, and factors hard and soft, the gradient is
+#
+#     hard (1 - h) e_h / z_h + soft ((nontarget - target (q - p)) e_s / z_s - nontarget e_t / z_t)     of another class
+#     soft target (q - p) - hard (1 - h)                                                               of the label
+
+
+def two_way_kl(p, rest, of_p, of_rest):
+    """KL of (p, 1 - p) and (q, 1 - q): ``of_p`` is log p - log q, ``of_rest`` the same of the rest. 0 log 0 = 0."""
+    kl = 0.0
+    if p > 0.0:
+        kl += p * of_p
+    if rest > 0.0:
+        kl += rest * of_rest
+    return kl
+
+
+def probability_difference(u_s, u_t, q, p, rest_q, rest_p):
+    """q - p from what both are and from what is left of 1: where both are more than one half, the latter are exact."""
+    return rest_p - rest_q if u_s > 0.0 and u_t > 0.0 else q - p
+
+
+def dkd_divergence(target, tckd, nontarget, nckd):
+    """target TCKD + nontarget NCKD; a part of weight 0 may be infinite."""
+    return (target * tckd if target > 0.0 else 0.0) + (nontarget * nckd if nontarget > 0.0 else 0.0)
+
+
+def dkd_factors(hard, soft, rest, difference, nontarget, z_h, z_s, z_t):
+    """(hard, soft_q, soft_p) of :func:`kd_gradient` for the others: ``rest`` = 1 - h, difference = target (q - p)."""
+    return hard * rest / z_h, soft * (nontarget - difference) / z_s, soft * nontarget / z_t
+
+
+def dkd_label_gradient(hard, soft, rest, difference):
+    """The gradient of the label's class, with the arguments of :func:`dkd_factors`."""
+    return soft * difference - hard * rest
+
+
+# --- mixtures of teachers ------------------------------------------------------------------------------------------
+
+
+def log_of_sum(a, b):
+    """log(exp(a) + exp(b)), -inf where both are."""
+    larger, smaller = where(a > b, a, b), where(a > b, b, a)
+    apart = where(larger == -math.inf, 0.0, smaller - larger)
+    return larger + log(exp(apart) + 1.0)
+
+
+# --- standardised logits -------------------------------------------------------------------------------------------
+
+
+def spread_scale(low, high):
+    """A power of two by which the largest of finite logits is about 1: so their squares neither overflow nor vanish."""
+    return math.ldexp(1.0, -max(math.frexp(max(abs(low), abs(high)))[1], -1000))
+
+
+def standardized(d, mean, deviation):
+    """z of a logit: what it has beyond a number near the row's mean, less the mean of that, over the deviation."""
+    return (d - mean) / deviation
+
+
+def standardized_gradient(g, mean, z, mean_z, inverse):
+    """One class of the gradient by x, from g, that by z = (x - mean x) / std x; means are of g and g z, 1 / std x."""
+    return (g - mean - z * mean_z) * inverse
 
 
 # --- teachers without every class ----------------------------------------------------------------------------------

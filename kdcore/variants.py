@@ -1,9 +1,9 @@
-"""Variants of the KD objective: decoupled, of a mixture of teachers, and of standardised logits. On host arrays.
+"""Variants of the KD objective: decoupled, of a mixture of teachers, and of standardised logits.
 
 Each returns what :func:`kdcore.kd_loss_and_gradient` does, a :class:`kdcore.KDOutput` with the exact derivative of its
 loss, and takes the same arguments in the same meaning: **alpha is the weight of the hard cross-entropy**, ``-inf``
 rules a class out, labels of ``ignore_index`` and weights of 0 mask rows, which are not read. Rows are worked in float64
-whatever their dtype, a few at a time, on the CPU engine alone.
+whatever their dtype, by both engines: the CUDA engine has not yet been measured at it on hardware.
 
 Letters: s and t are logits of student and teacher, p = softmax(t/T), q = softmax(s/T), y the label.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from types import ModuleType
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ import numpy as np
 from kdcore import rowstatus
 from kdcore.arguments import PAIR, KDCall, KDOutput, Reduction, as_settings, at, check_logits, kd_call
 from kdcore.checks import real_number
-from kdcore.engines import host_engine, on_device
-from kdcore.errors import DeviceMismatchError, DomainError, DTypeError, ShapeError
+from kdcore.engines import engine_of, on_device
+from kdcore.errors import DomainError, DTypeError, ShapeError
 
 __all__ = ["dkd_loss_and_gradient", "mixture_kd_loss_and_gradient", "standardized_kd_loss_and_gradient"]
 
@@ -30,7 +30,6 @@ __all__ = ["dkd_loss_and_gradient", "mixture_kd_loss_and_gradient", "standardize
 
 
 def _call(
-    function: str,
     student_logits: Any,
     teachers: Mapping[str, Any],
     labels: Any,
@@ -46,16 +45,21 @@ def _call(
     out: Any,
     validate: Any,
     threads: int | None,
+    stream: Any,
     labels_needed: bool = False,
+    also_read: Mapping[str, Any] = MappingProxyType({}),
 ) -> KDCall:
     """Check everything but what a variant has alone; ``teachers`` by the names that errors call them."""
     inputs = {"student_logits": student_logits, **teachers, "labels": labels, "weights": weights, "out": out}
-    engine = host_engine(function, inputs, threads)
+    engine = engine_of({**inputs, **also_read}, threads, stream)
     settings = as_settings(
         temperature=temperature, alpha=alpha, divergence=divergence, teacher_temperature=None, scale_t2=scale_t2,
         ignore_index=ignore_index, reduction=reduction, denominator=denominator, validate=validate,
     )  # fmt: skip
-    return kd_call(engine, settings, student_logits, teachers, labels, weights, out, labels_needed=labels_needed)
+    return kd_call(
+        engine, settings, student_logits, teachers, labels, weights, out, labels_needed=labels_needed,
+        also_read=also_read,
+    )  # fmt: skip
 
 
 def _without_divergence(call: KDCall) -> KDOutput:
@@ -63,12 +67,6 @@ def _without_divergence(call: KDCall) -> KDOutput:
     for _, s, _, arguments in call.parts():
         call.engine.kernels.kd_rows(s, s, *arguments)
     return call.output()
-
-
-def _kernels() -> ModuleType:
-    from kdcore.cpu import variants
-
-    return variants
 
 
 # --- decoupled -----------------------------------------------------------------------------------------------------
@@ -99,6 +97,7 @@ def dkd_loss_and_gradient(
     out: Any = None,
     validate: bool | None = None,
     threads: int | None = None,
+    stream: Any = None,
 ) -> KDOutput:
     """Decoupled knowledge distillation, in which forward KL's two parts have weights of their own, and its gradient.
 
@@ -120,7 +119,8 @@ def dkd_loss_and_gradient(
     Parameters
     ----------
     student_logits, teacher_logits : array [..., V]
-        float32, float64, float16 or bfloat16 (they may differ), on the host. Of classes that are ruled out, -inf:
+        float32, float64, float16 or bfloat16 (they may differ), both on the host or both on a CUDA device. Of classes
+        that are ruled out, -inf:
 
         - a label that the student alone rules out makes TCKD +inf, another class NCKD +inf, with finite gradients;
         - where the teacher allows no class but the label, as in V = 1, NCKD is 0: of the others it says nothing;
@@ -135,7 +135,7 @@ def dkd_loss_and_gradient(
     target_weight, nontarget_weight : float
         The paper's alpha and beta, finite and at least 0. A part of weight 0 is not computed. The paper takes 1 and, by
         task, 1 to 10, and adds all of it to a CE of weight 1: that is twice this loss at alpha = 0.5.
-    scale_t2, ignore_index, weights, reduction, denominator, out, validate, threads
+    scale_t2, ignore_index, weights, reduction, denominator, out, validate, threads, stream
         As for :func:`kdcore.kd_loss_and_gradient`.
 
     Returns
@@ -162,7 +162,6 @@ def dkd_loss_and_gradient(
     """
     target, nontarget = _factor(target_weight, "target_weight"), _factor(nontarget_weight, "nontarget_weight")
     call = _call(
-        "dkd_loss_and_gradient",
         student_logits,
         {"teacher_logits": teacher_logits},
         labels,
@@ -177,6 +176,7 @@ def dkd_loss_and_gradient(
         out=out,
         validate=validate,
         threads=threads,
+        stream=stream,
         labels_needed=True,
     )
     if not math.isfinite(target * call.objective.kd_scale) or not math.isfinite(nontarget * call.objective.kd_scale):
@@ -185,25 +185,23 @@ def dkd_loss_and_gradient(
     if call.objective.alpha == 1:
         return _without_divergence(call)
     for _, s, (t,), arguments in call.parts():
-        _kernels().dkd_rows(s, t, *arguments, target, nontarget)
+        call.engine.kernels.dkd_rows(s, t, target, nontarget, *arguments)
     return call.output()
 
 
 # --- mixtures of teachers ------------------------------------------------------------------------------------------
-
-#: How far from 1 the weights of a row's teachers may add up.
-_SUM_TOLERANCE = 1e-6
 
 
 def _teachers(teachers: Any) -> dict[str, Any]:
     """The teachers by the names that errors call them."""
     if teachers is None:
         return {"teachers": None}
-    if isinstance(teachers, str | bytes | Mapping) or not isinstance(teachers, Iterable):
+    iterable = isinstance(teachers, Iterable) and not isinstance(teachers, str | bytes | Mapping)
+    if not iterable and not (on_device(teachers) and hasattr(teachers, "__getitem__")):  # as an array of Numba's is
         raise DTypeError(f"teachers must be a sequence of arrays, got {type(teachers).__name__}")
-    if isinstance(teachers, np.ndarray) and teachers.ndim == 0:
+    if getattr(teachers, "ndim", 1) == 0:
         raise DTypeError("teachers must be a sequence of arrays, got a 0-d array")
-    several = list(teachers)
+    several = list(teachers) if iterable else [teachers[k] for k in range(len(teachers))]
     if not several:
         raise ShapeError("teachers must have at least one teacher, got an empty sequence")
     for k, teacher in enumerate(several):
@@ -212,44 +210,78 @@ def _teachers(teachers: Any) -> dict[str, Any]:
     return {f"teachers[{k}]": teacher for k, teacher in enumerate(several)}
 
 
-def _shares(teacher_weights: Any, call: KDCall) -> np.ndarray:
-    """The weights of teachers [rows, K], which add up to 1 in every row that is read."""
-    lead, rows, count = call.lead, math.prod(call.lead), len(call.teachers)
+def _bad_share(names: tuple[int, ...], row: int, k: int, share: Any) -> DomainError:
+    return DomainError(f"{at('teacher_weights', names, row, k)} is {share}, not a finite number of at least 0")
+
+
+def _bad_shares(names: tuple[int, ...], row: int, total: Any) -> DomainError:
+    where = at("teacher_weights", names, row)
+    return DomainError(f"{where} must add up to 1 within {rowstatus.SHARE_TOLERANCE}, but its sum is {total}")
+
+
+def _shares(teacher_weights: Any, call: KDCall) -> Any:
+    """The weights of the teachers, as an engine's ``mixture_rows`` takes them: K numbers or an array [rows, K]."""
+    engine, lead, count = call.engine, call.lead, len(call.teachers)
     if teacher_weights is None:
-        return np.full((rows, count), 1.0 / count)
+        return (1.0 / count,) * count
     if on_device(teacher_weights):
-        raise DeviceMismatchError("teacher_weights must be on the host, as all arrays of this function")
-    array = call.engine.memory.as_array(teacher_weights)
+        return _shares_on_device(teacher_weights, call)
+    if engine.on_host:
+        array = engine.memory.as_array(teacher_weights)
+    else:  # numbers, which are nowhere
+        array = np.array([
+            real_number(share, f"teacher_weights[{k}]", "a number, or teacher_weights an array on the device")
+            for k, share in enumerate(teacher_weights)
+        ])  # fmt: skip
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
         raise DTypeError(f"teacher_weights must be real numbers, got dtype {array.dtype}")
-    if array.shape not in ((count,), (*lead, count)):
-        raise ShapeError(
-            f"teacher_weights must have shape {(count,)}, one for each teacher, or {(*lead, count)}, got {array.shape}"
-        )
+    _check_shape_of_shares(array, lead, count)
     shared = array.shape == (count,)
     wide = np.array(array, np.float64).reshape(-1, count)
-    masked = np.zeros(rows, bool)
-    if call.labels.size:
-        masked |= call.labels == call.objective.ignore_index
-    if call.weights.size:
-        masked |= call.weights == 0
-    read = np.ones(1, bool) if shared else ~masked
+    read = np.ones(1, bool) if shared else _is_read(call)
     names: tuple[int, ...] = () if shared else lead
     bad = read[:, None] & ~((wide >= 0) & (wide < math.inf))
     if bad.any():
         row, k = (int(i) for i in np.argwhere(bad)[0])
-        raise DomainError(
-            f"{at('teacher_weights', names, row, k)} is {wide[row, k]}, not a finite number of at least 0"
-        )
+        raise _bad_share(names, row, k, wide[row, k])
     with np.errstate(all="ignore"):  # of rows that are not read
         total = wide.sum(axis=1)
-        off = read & ~(np.abs(total - 1) <= _SUM_TOLERANCE)
+        off = read & ~(np.abs(total - 1) <= rowstatus.SHARE_TOLERANCE)
         if off.any():
             row = int(off.argmax())
-            where = at("teacher_weights", names, row)
-            raise DomainError(f"{where} must add up to 1 within {_SUM_TOLERANCE}, but its sum is {total[row]}")
+            raise _bad_shares(names, row, total[row])
         wide /= total[:, None]
-    return np.broadcast_to(wide, (rows, count))
+    return tuple(wide[0].tolist()) if shared else wide
+
+
+def _check_shape_of_shares(array: Any, lead: tuple[int, ...], count: int) -> None:
+    shape = tuple(array.shape)
+    if shape not in ((count,), (*lead, count)):
+        raise ShapeError(
+            f"teacher_weights must have shape {(count,)}, one for each teacher, or {(*lead, count)}, got {shape}"
+        )
+
+
+def _is_read(call: KDCall) -> np.ndarray:
+    """Which of the rows are not masked, on the host."""
+    read = np.ones(math.prod(call.lead), bool)
+    if call.labels.size:
+        read &= call.labels != call.objective.ignore_index
+    if call.weights.size:
+        read &= call.weights != 0
+    return read
+
+
+def _shares_on_device(teacher_weights: Any, call: KDCall) -> Any:
+    """An array [rows, K], or [1, K] of all rows. Its numbers are the kernel's to check."""
+    array, count = call.engine.as_array(teacher_weights, "teacher_weights"), len(call.teachers)
+    if array.dtype.name not in ("float32", "float64"):
+        raise DTypeError(f"teacher_weights must be float32 or float64 on a device, got dtype {array.dtype}")
+    _check_shape_of_shares(array, call.lead, count)
+    views = call.engine.memory.rows_of([array])
+    if views is None:
+        raise ShapeError(f"teacher_weights must have rows that follow each other, got strides {array.strides}")
+    return views[0]
 
 
 def mixture_kd_loss_and_gradient(
@@ -269,6 +301,7 @@ def mixture_kd_loss_and_gradient(
     out: Any = None,
     validate: bool | None = None,
     threads: int | None = None,
+    stream: Any = None,
 ) -> KDOutput:
     """The KD loss of a mixture of K teachers, and its exact gradient by the student's logits.
 
@@ -279,22 +312,25 @@ def mixture_kd_loss_and_gradient(
     **alpha is the weight of the hard cross-entropy.** Probabilities are mixed, not logits, and in logarithms: a class
     in which every teacher's probability underflows keeps its finite log-ratio. For forward KL the gradient is that of
     the weighted mean of the K divergences, and D is less by what does not depend on the student, the mean of
-    KL(p_k || p); for other divergences both differ. The mixture is never stored for more than a few rows.
+    KL(p_k || p); for other divergences both differ. The mixture is never stored for more than a few rows, or for a few
+    hundred on a device.
 
     Parameters
     ----------
     student_logits : array [..., V]
-        float32, float64, float16 or bfloat16, on the host. -inf rules a class out; the mixture rules out what all
-        teachers do that have a weight.
+        float32, float64, float16 or bfloat16, on the host or on a CUDA device. -inf rules a class out; the mixture
+        rules out what all teachers do that have a weight.
     teachers : sequence of K arrays [..., V], or an array [K, ..., V]
-        The teachers' logits, all of one dtype.
+        The teachers' logits, all of one dtype, where the student's are.
     labels, temperature, alpha
         As for :func:`kdcore.kd_loss_and_gradient`. T is that of all teachers and of the student. At alpha = 1 no
         teacher is read (and ``teachers`` may be None).
     teacher_weights : array-like [K] or [..., K], optional
         w, of at least 0, for all rows or for each; they must add up to 1 within 1e-6 and are divided by their sum. By
-        default 1 / K. A teacher is not read in a row where its weight is 0. Weights of masked rows are not read.
-    divergence, scale_t2, ignore_index, weights, reduction, denominator, out, validate, threads
+        default 1 / K. A teacher is not read in a row where its weight is 0. Weights of masked rows are not read. With
+        logits on a device: a list or tuple of K numbers, or a float32 or float64 array on the device; rows of such an
+        array that are no weights become NaN, and are an error under ``validate=True``.
+    divergence, scale_t2, ignore_index, weights, reduction, denominator, out, validate, threads, stream
         As for :func:`kdcore.kd_loss_and_gradient`.
 
     Returns
@@ -321,8 +357,9 @@ def mixture_kd_loss_and_gradient(
     array([[ 0.2, -0.2]])
     """
     named = _teachers(teachers)
+    # Numbers are not an array that has to be where the others are.
+    arrays = {} if isinstance(teacher_weights, list | tuple) else {"teacher_weights": teacher_weights}
     call = _call(
-        "mixture_kd_loss_and_gradient",
         student_logits,
         named,
         labels,
@@ -337,6 +374,8 @@ def mixture_kd_loss_and_gradient(
         out=out,
         validate=validate,
         threads=threads,
+        stream=stream,
+        also_read=arrays,
     )
     for k, teacher in enumerate(call.teachers):
         if teacher.dtype != call.teachers[0].dtype:
@@ -346,21 +385,34 @@ def mixture_kd_loss_and_gradient(
     if call.objective.alpha == 1:
         return _without_divergence(call)
 
+    engine, rows = call.engine, math.prod(call.lead)
     shares = _shares(teacher_weights, call)
-    culprits = np.zeros((math.prod(call.lead), 3), np.int64)
+    culprits = engine.full((call.status.shape[0], 3), np.int64, 0)
 
     def check(status: np.ndarray) -> None:
         """The first bad row's error: the teacher's own status, and which it is, instead of the mixture's."""
+        found = engine.memory.to_host(culprits)
         of_teacher = status[:, 0] // 10 * 10 == rowstatus.TEACHER
-        status = np.where(of_teacher[:, None], culprits[:, :2], status)
-        bad = np.isin(status[:, 0] // 10 * 10, (rowstatus.STUDENT, rowstatus.TEACHER))
-        if bad.any():
-            k = int(culprits[int(bad.argmax()), 2])
-            names = {rowstatus.STUDENT: "student_logits", rowstatus.TEACHER: f"teachers[{k}]"}
-            check_logits(call.engine, status, call.lead, names)
+        status = np.where(of_teacher[:, None], found[:, :2], status)
+        codes = status[:, 0]
+        bad = np.isin(codes // 10 * 10, (rowstatus.STUDENT, rowstatus.TEACHER))
+        bad |= np.isin(codes, (rowstatus.SHARE, rowstatus.SHARES))
+        if not bad.any():
+            return
+        row = int(bad.argmax())
+        if codes[row] in (rowstatus.SHARE, rowstatus.SHARES):
+            numbers = engine.memory.to_host(shares)
+            names, place = ((), 0) if len(numbers) == 1 else (call.lead, row)
+            if codes[row] == rowstatus.SHARE:
+                k = int(status[row, 1])
+                raise _bad_share(names, place, k, numbers[place, k])
+            raise _bad_shares(names, place, numbers[place].sum(dtype=np.float64))
+        names_of = {rowstatus.STUDENT: "student_logits", rowstatus.TEACHER: f"teachers[{int(found[row, 2])}]"}
+        check_logits(engine, status, call.lead, names_of)
 
+    of_rows = not isinstance(shares, tuple) and shares.shape[0] == rows
     for part, s, ts, arguments in call.parts():
-        _kernels().mixture_rows(s, ts, *arguments, shares[part], culprits[part])
+        engine.kernels.mixture_rows(s, ts, shares[part] if of_rows else shares, culprits[part], *arguments)
     return call.output(check)
 
 
@@ -383,6 +435,7 @@ def standardized_kd_loss_and_gradient(
     out: Any = None,
     validate: bool | None = None,
     threads: int | None = None,
+    stream: Any = None,
 ) -> KDOutput:
     """The KD loss of standardised logits, and its exact gradient by the student's logits, through mean and deviation.
 
@@ -402,16 +455,17 @@ def standardized_kd_loss_and_gradient(
     Parameters
     ----------
     student_logits, teacher_logits : array [..., V]
-        float32, float64, float16 or bfloat16 (they may differ), on the host. -inf rules a class out, which counts
-        neither in mean nor in deviation and whose gradient of D is 0; where only the student does, forward KL is +inf
-        with a finite gradient. Finite logits that are all the same, V = 1 among them, have no deviation: an error.
+        float32, float64, float16 or bfloat16 (they may differ), both on the host or both on a CUDA device. -inf rules a
+        class out, which counts neither in mean nor in deviation and whose gradient of D is 0; where only the student
+        does, forward KL is +inf with a finite gradient. Finite logits that are all the same, V = 1 among them, have no
+        deviation: an error.
     labels : array-like of int [...], or None
         Classes in [0, V), or ``ignore_index``. None is allowed at alpha = 0.
     temperature : float
         T, positive and finite. The factor T² (``scale_t2``) is of this T, without the deviations.
     alpha : float
         Weight of the cross-entropy, in [0, 1]. At 1 the teacher is not read (and may be None), nothing standardised.
-    divergence, scale_t2, ignore_index, weights, reduction, denominator, out, validate, threads
+    divergence, scale_t2, ignore_index, weights, reduction, denominator, out, validate, threads, stream
         As for :func:`kdcore.kd_loss_and_gradient`. With ``validate=False`` a row without deviation becomes NaN.
 
     Returns
@@ -437,7 +491,6 @@ def standardized_kd_loss_and_gradient(
     True True
     """
     call = _call(
-        "standardized_kd_loss_and_gradient",
         student_logits,
         {"teacher_logits": teacher_logits},
         labels,
@@ -452,6 +505,7 @@ def standardized_kd_loss_and_gradient(
         out=out,
         validate=validate,
         threads=threads,
+        stream=stream,
     )
 
     if call.objective.alpha == 1:
@@ -463,11 +517,11 @@ def standardized_kd_loss_and_gradient(
             return
         row = int(bad.argmax())
         code = int(status[row, 0])
-        if code % 10 == _kernels().NO_SPREAD:
+        if code % 10 == rowstatus.NO_SPREAD:
             where = at(PAIR[code // 10 * 10], call.lead, row)
             raise DomainError(f"{where} has no deviation to divide by: its finite logits are all the same")
         check_logits(call.engine, status, call.lead)
 
     for _, s, (t,), arguments in call.parts():
-        _kernels().standardized_rows(s, t, *arguments)
+        call.engine.kernels.standardized_rows(s, t, *arguments)
     return call.output(check)

@@ -149,7 +149,7 @@ def test_only_one_module_opens_hdf5(module):
 
 def test_one_module_chooses_an_engine():
     # Operations that one engine has alone.
-    alone = {"states": {"cpu"}, "variants": {"cpu"}, "store": {"cpu"}}
+    alone = {"states": {"cpu"}, "store": {"cpu"}}
     for module in MODULES:
         if unit(module) in {"engines", "cpu", "cuda", *OUTSIDE}:
             continue
@@ -195,10 +195,11 @@ OPERATIONS = {
     "softmax", "log_softmax", "logsumexp", "kl_divergence", "cross_entropy", "kd_loss", "kd_logit_gradient",
     "kd_loss_and_gradient", "KDOutput",
 }  # fmt: skip
+VARIANTS = {"dkd_loss_and_gradient", "mixture_kd_loss_and_gradient", "standardized_kd_loss_and_gradient"}
 
 
 def test_every_public_name_is_there_and_documented():
-    assert set(kdcore.__all__) >= OPERATIONS | {"KdcoreError", "__version__"}
+    assert set(kdcore.__all__) >= VARIANTS | OPERATIONS | {"KdcoreError", "__version__"}
     assert len(kdcore.__all__) == len(set(kdcore.__all__))
     for name in kdcore.__all__:
         value = getattr(kdcore, name)
@@ -242,13 +243,16 @@ def test_public_signatures():
         *engine,
     ]
     assert names(kdcore.cross_entropy) == ["student_logits", "labels", "ignore_index", "reduction", *engine]
+    for name in VARIANTS:
+        assert names(getattr(kdcore, name))[-4:] == ["out", *engine]
     assert kdcore.KDOutput._fields == ("loss", "gradient", "ce", "kl")
-    for name in OPERATIONS - {"KDOutput"}:
+    for name in VARIANTS | OPERATIONS - {"KDOutput"}:
         for parameter in inspect.signature(getattr(kdcore, name)).parameters.values():
             if parameter.name in ("out", "reduction", "tail", *options, *engine):
                 assert parameter.kind is inspect.Parameter.KEYWORD_ONLY, (name, parameter.name)
         if "alpha" in names(getattr(kdcore, name)):
-            assert "alpha is the weight of the" in getattr(kdcore, name).__doc__.replace("*", ""), name
+            text = " ".join(getattr(kdcore, name).__doc__.replace("*", "").split())
+            assert "alpha is the weight of the" in text, name
 
 
 def test_options_have_the_same_default_everywhere():
@@ -283,6 +287,12 @@ def listed(module):
     raise AssertionError(f"{module} has no __all__")
 
 
+def launcher(engine, name):
+    """The module of an engine that defines a function of it."""
+    modules = [f"kdcore.{engine}.{part}" for part in ("launch", "variants")]
+    return next(module for module in modules if name in listed(module))
+
+
 def parameters(module, name):
     """Names of a function's parameters, from its definition."""
     for node in tree(module).body:
@@ -295,7 +305,7 @@ def parameters(module, name):
 def test_engines_have_the_same_functions():
     twins = listed("kdcore.cpu")
     assert twins >= {"kd_rows", "softmax_rows", "log_softmax_rows", "logsumexp_rows", "reduce_rows", "weight_sum"}
-    assert "sparse_kd_rows" in twins
+    assert twins >= {"sparse_kd_rows", "dkd_rows", "mixture_rows", "standardized_rows"}
     # Whether CUDA is there, and whether an array is CUDA's, are questions that only that engine can answer.
     assert listed("kdcore.cuda") == twins
     assert twins <= listed("kdcore.cuda")
@@ -303,7 +313,7 @@ def test_engines_have_the_same_functions():
 
 @pytest.mark.parametrize("name", sorted(listed("kdcore.cpu")))
 def test_engines_have_the_same_signatures(name):
-    cpu, cuda = parameters("kdcore.cpu.launch", name), parameters("kdcore.cuda.launch", name)
+    cpu, cuda = (parameters(launcher(engine, name), name) for engine in ("cpu", "cuda"))
     assert (cpu[-1], cuda[-1]) == ("threads", "stream")
     assert cpu[:-1] == cuda[:-1]
     assert list(inspect.signature(getattr(import_module("kdcore.cpu"), name)).parameters) == cpu

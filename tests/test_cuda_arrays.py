@@ -7,6 +7,7 @@ good as the library. On a device the libraries themselves are tried by ``benchma
 import ctypes
 import dataclasses
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -157,9 +158,12 @@ def rows():
     return student, teacher, np.array([0, 39, -100])
 
 
+def call(function, *arrays):
+    return function(*map(cuda.to_device, arrays), 2.0, 0.3)
+
+
 def expected(student, teacher, labels):
-    on_device = [cuda.to_device(array) for array in (student, teacher, labels)]
-    return kdcore.kd_loss_and_gradient(*on_device, 2.0, 0.3)
+    return call(kdcore.kd_loss_and_gradient, student, teacher, labels)
 
 
 def raw(array):
@@ -180,6 +184,24 @@ def test_pytorch(torch, rows, dtype):
     out = Tensor(np.empty_like(student))
     assert kdcore.kd_logit_gradient(s, t, y, 2.0, 0.3, out=out) is out
     assert out.array.tobytes() == result.gradient.array.tobytes()
+
+
+def test_variants_of_pytorch(torch, rows):
+    student, teacher, labels = rows
+    shares = np.array([[0.25, 0.75], [1.0, 0.0], [0.5, 0.5]])
+    mix = partial(kdcore.mixture_kd_loss_and_gradient, temperature=2.0, alpha=0.3)
+    for ours, theirs in [
+        (call(kdcore.dkd_loss_and_gradient, student, teacher, labels),
+         kdcore.dkd_loss_and_gradient(*map(Tensor, rows), 2.0, 0.3)),
+        (call(kdcore.standardized_kd_loss_and_gradient, student, teacher, labels),
+         kdcore.standardized_kd_loss_and_gradient(*map(Tensor, rows), 2.0, 0.3)),
+        (mix(cuda.to_device(student), [cuda.to_device(x) for x in (teacher, student)], cuda.to_device(labels),
+             teacher_weights=cuda.to_device(shares)),
+         mix(Tensor(student), [Tensor(teacher), Tensor(student)], Tensor(labels), teacher_weights=Tensor(shares))),
+    ]:  # fmt: skip
+        assert all(type(part).__module__ == "torch" for part in theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert raw(a).tobytes() == b.array.tobytes()
 
 
 def test_the_stream_that_pytorch_is_on(torch, rows):

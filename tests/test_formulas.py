@@ -191,6 +191,100 @@ def test_two_outcomes(u):
     assert close(formulas.softplus(u, e), np.log1p(np.exp(L(u))) if u < 0 else L(u) + np.log1p(np.exp(-L(u))))
 
 
+# --- decoupled, mixed, standardised ----------------------------------------------------------------------------------
+
+
+def test_kl_of_two_outcomes():
+    p, q = L(0.3), L(0.8)
+    of_p, of_rest = np.log(p / q), np.log((1 - p) / (1 - q))
+    exact = p * of_p + (1 - p) * of_rest
+    assert close(formulas.two_way_kl(0.3, 0.7, float(of_p), float(of_rest)), exact)
+    assert formulas.two_way_kl(1.0, 0.0, 2.0, NAN) == 2.0  # 0 log 0 = 0
+    assert formulas.two_way_kl(0.0, 1.0, INF, 3.0) == 3.0
+
+
+def test_a_difference_of_probabilities_is_of_what_is_exact():
+    assert formulas.probability_difference(1.0, 2.0, 10.0, 20.0, 3.0, 5.0) == 2.0
+    for u_s, u_t in ((1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0), (0.0, 1.0), (1.0, 0.0)):
+        assert formulas.probability_difference(u_s, u_t, 10.0, 20.0, 3.0, 5.0) == -10.0
+
+
+def test_parts_of_decoupled_kd():
+    assert formulas.dkd_divergence(2.0, 3.0, 5.0, 7.0) == 41.0
+    assert formulas.dkd_divergence(0.0, INF, 5.0, 7.0) == 35.0
+    assert formulas.dkd_divergence(2.0, 3.0, 0.0, INF) == 6.0
+
+
+def test_the_gradient_of_decoupled_kd():
+    """By finite differences of alpha CE + (1 - alpha) T² (a TCKD + b NCKD), from the definition, and with T = 2."""
+    s, t, y, T, alpha, a, b, step = (
+        np.array([0.3, -1.0, 0.7, 2.0]),
+        np.array([1.0, 0.5, -2.0, 0.0]),
+        2,
+        2.0,
+        0.3,
+        0.5,
+        3,
+        1e-6,
+    )
+    others = np.arange(4) != y
+
+    def soft(x, T=1.0):
+        e = np.exp(L(x) / T - (L(x) / T).max())
+        return e / e.sum()
+
+    def loss(s):
+        q, p, q_o, p_o = soft(s, T), soft(t, T), soft(s[others], T), soft(t[others], T)
+        tckd = p[y] * np.log(p[y] / q[y]) + (1 - p[y]) * np.log((1 - p[y]) / (1 - q[y]))
+        return -alpha * np.log(soft(s)[y]) + (1 - alpha) * T**2 * (a * tckd + b * (p_o * np.log(p_o / q_o)).sum())
+
+    exact = [(loss(s + step * e) - loss(s - step * e)) / (2 * step) for e in np.eye(4)]
+    difference, rest = a * float(soft(s, T)[y] - soft(t, T)[y]), float(1 - soft(s)[y])
+    e_h, e_s, e_t = (np.exp((x - x[others].max()) / of) for x, of in ((s, 1.0), (s, T), (t, T)))
+    sums = [float(e[others].sum()) for e in (e_h, e_s, e_t)]
+    factors = formulas.dkd_factors(alpha, (1 - alpha) * T, rest, difference, b, *sums)
+    gradient = [formulas.kd_gradient(*of_class, *factors) for of_class in zip(e_h, e_s, e_t, strict=True)]
+    gradient[y] = formulas.dkd_label_gradient(alpha, (1 - alpha) * T, rest, difference)
+    np.testing.assert_allclose(gradient, np.array(exact, float), atol=1e-9)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.0, 0.0), (-1.0, -3.0), (-3.0, -1.0), (-2000.0, -1999.0), (-1.0, -1e4)])
+def test_log_of_a_sum(a, b):
+    assert close(formulas.log_of_sum(a, b), np.logaddexp(L(a), L(b)), size=1.0 + abs(a))
+    assert formulas.log_of_sum(a, -INF) == formulas.log_of_sum(-INF, a) == a
+    assert formulas.log_of_sum(-INF, -INF) == -INF
+    assert math.isnan(formulas.log_of_sum(a, NAN))
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(-1.0, 3.0), (-3e-300, 1e-300), (-1e308, 1.7e308), (0.0, 5e-324), (1e4, 1e4 + 1)]
+)
+def test_a_spread_is_brought_to_one(low, high):
+    scale = formulas.spread_scale(low, high)
+    assert math.frexp(scale)[0] == 0.5
+    largest = max(abs(low), abs(high))
+    assert scale * largest < 1.0
+    assert scale * largest >= 0.5 or largest < 2.0**-1000
+
+
+def test_standardised_logits_and_their_gradient():
+    """z of a row, and the gradient of sum of c z by finite differences."""
+    x, c, step = np.array([0.3, -1.0, 0.7, 2.0]), np.array([1.0, -2.0, 0.5, 3.0]), 1e-6
+
+    def z_of(x):
+        return (L(x) - L(x).mean()) / L(x).std()
+
+    exact = [((z_of(x + step * e) - z_of(x - step * e)) * c).sum() / (2 * step) for e in np.eye(4)]
+    about = 0.25
+    z = np.array([formulas.standardized(v - about, x.mean() - about, x.std()) for v in x])
+    np.testing.assert_allclose(z, z_of(x).astype(float), rtol=1e-14)
+    means = c.mean(), (c * z).mean()
+    gradient = [
+        formulas.standardized_gradient(g, means[0], v, means[1], 1 / x.std()) for g, v in zip(c, z, strict=True)
+    ]
+    np.testing.assert_allclose(gradient, np.array(exact, float), atol=1e-9)
+
+
 # --- teachers without every class ------------------------------------------------------------------------------------
 
 

@@ -303,8 +303,8 @@ def test_dkd_needs_labels_whatever_alpha():
 # --- mixtures of teachers ------------------------------------------------------------------------------------------
 
 
-def assert_mixture(s, teachers, shares, y, T, alpha, **kind):
-    result = mixture(s, teachers, y, T, alpha, teacher_weights=shares, reduction="none", **kind)
+def assert_mixture(s, teachers, shares, y, T, alpha, call=mixture, **kind):
+    result = call(s, teachers, y, T, alpha, teacher_weights=shares, reduction="none", **kind)
     shares = np.broadcast_to(shares, (len(s), len(teachers)))
     for i in range(len(s)):
         log_p = mixed_logs([t[i] for t in teachers], shares[i], T)
@@ -751,8 +751,9 @@ def test_errors(variant):
         ({"threads": 0}, kdcore.DomainError, "threads"),
         ({"validate": 1}, kdcore.DTypeError, "validate"),
         ({"scale_t2": 1}, kdcore.DTypeError, "scale_t2"),
-        ({"student_logits": OnDevice()}, kdcore.DeviceMismatchError, "on host arrays only"),
-        ({"labels": OnDevice()}, kdcore.DeviceMismatchError, "on host arrays only"),
+        ({"student_logits": OnDevice()}, kdcore.DeviceMismatchError, "student_logits on a device, teacher"),
+        ({"labels": OnDevice()}, kdcore.DeviceMismatchError, "labels on a device, student_logits, teacher"),
+        ({"stream": 1}, kdcore.DomainError, "stream=1 is for device arrays"),
     ]:
         with pytest.raises(error, match=message):
             call(**changes)

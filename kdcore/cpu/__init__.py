@@ -20,20 +20,24 @@ from kdcore.cpu.launch import (
     state_rows,
     weight_sum,
 )
+from kdcore.cpu.variants import dkd_rows, mixture_rows, standardized_rows
 
 __all__ = [
+    "dkd_rows",
     "finish_state_rows",
     "kd_rows",
     "linear",
     "log_softmax_rows",
     "logsumexp_rows",
     "merge_state_rows",
+    "mixture_rows",
     "multiply_rows",
     "reduce_rows",
     "scale_rows",
     "slice_gradient_rows",
     "softmax_rows",
     "sparse_kd_rows",
+    "standardized_rows",
     "state_rows",
     "weight_sum",
 ]

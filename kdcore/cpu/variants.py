@@ -17,7 +17,7 @@ from kdcore import formulas
 from kdcore.cpu.kernels import _SOURCES, _begin, _report_row
 from kdcore.cpu.launch import _readable, kd_rows
 from kdcore.cpu.pool import run_blocks
-from kdcore.cpu.primitives import bind, exp, inner, log
+from kdcore.cpu.primitives import bind, inner
 from kdcore.cpu.rows import (
     M_S,
     M_T,
@@ -36,14 +36,11 @@ from kdcore.cpu.rows import (
     row_scratch,
     write_row,
 )
-from kdcore.cpu.simd import load, maximum, store, where
+from kdcore.cpu.simd import load, store
 from kdcore.formulas import HEADROOM
-from kdcore.rowstatus import LABEL, OK, STUDENT, TEACHER, UNDEFINED_GRADIENT, WEIGHT
+from kdcore.rowstatus import LABEL, NO_SPREAD, OK, STUDENT, TEACHER, UNDEFINED_GRADIENT, WEIGHT
 
-__all__ = ["NO_SPREAD", "dkd_rows", "mixture_rows", "standardized_rows"]
-
-#: A condition of a row of logits, beside those of :mod:`kdcore.rowstatus`: its finite logits are all the same.
-NO_SPREAD = 9
+__all__ = ["dkd_rows", "mixture_rows", "standardized_rows"]
 
 #: Elements that a thread copies at a time, unless a row is longer.
 _CHUNK = 1 << 15
@@ -57,6 +54,16 @@ _rate = bind(formulas.rate)
 _scaled_logit = bind(formulas.scaled_logit)
 _sigmoid = bind(formulas.sigmoid)
 _softplus = bind(formulas.softplus)
+_two_way_kl = bind(formulas.two_way_kl)
+_probability_difference = bind(formulas.probability_difference)
+_dkd_divergence = bind(formulas.dkd_divergence)
+_dkd_factors = bind(formulas.dkd_factors)
+_dkd_label_gradient = bind(formulas.dkd_label_gradient)
+_log_softmax = bind(formulas.log_softmax)
+_log_of_sum = bind(formulas.log_of_sum)
+_spread_scale = bind(formulas.spread_scale)
+_standardized = bind(formulas.standardized)
+_standardized_gradient = bind(formulas.standardized_gradient)
 
 
 # --- rows by chunks ------------------------------------------------------------------------------------------------
@@ -112,23 +119,11 @@ def _minus_log(u):
 
 
 @inner
-def _two_way_kl(u_t, u_s):
-    """KL of (p, 1 - p) and (q, 1 - q) from their log-odds: q is 0 or 1 only where p is, and 0 log 0 = 0."""
-    p, rest = _probability(u_t), _probability(-u_t)
-    kl = 0.0
-    if p > 0.0:
-        kl += p * (_minus_log(u_s) - _minus_log(u_t))
-    if rest > 0.0:
-        kl += rest * (_minus_log(-u_s) - _minus_log(-u_t))
-    return kl
-
-
-@inner
-def _difference(u_s, u_t):
-    """q - p from their log-odds, by the smaller of q and 1 - q."""
-    if u_s > 0.0 and u_t > 0.0:
-        return _probability(-u_t) - _probability(-u_s)
-    return _probability(u_s) - _probability(u_t)
+def _two_way(u_s, u_t):
+    """KL of (p, 1 - p) and (q, 1 - q), and q - p, from their log-odds: q is 0 or 1 only where p is."""
+    q, rest_q, p, rest_p = _probability(u_s), _probability(-u_s), _probability(u_t), _probability(-u_t)
+    of_p, of_rest = _minus_log(u_s) - _minus_log(u_t), _minus_log(-u_s) - _minus_log(-u_t)
+    return _two_way_kl(p, rest_p, of_p, of_rest), _probability_difference(u_s, u_t, q, p, rest_q, rest_p)
 
 
 @inner
@@ -174,16 +169,20 @@ def _dkd_row(x, y, classes, label, hard, soft, temperature, target, nontarget, s
     if target > 0.0:
         u_s = _row_log_odds(s_label, row[M_S], row[Z_S], temperature)
         u_t = _row_log_odds(t_label, row[M_T], row[Z_T], temperature) if teacher_rest else math.inf
-        difference = target * _difference(u_s, u_t)
-        tckd = math.inf if s_label == -math.inf and t_label > -math.inf else _two_way_kl(u_t, u_s)
+        tckd, difference = _two_way(u_s, u_t)
+        difference *= target
+        if s_label == -math.inf and t_label > -math.inf:
+            tckd = math.inf
     if nontarget > 0.0:
         nckd = forward_kl_of(row, temperature)
+    hard_q, soft_q, soft_p = _dkd_factors(
+        hard, soft, rest, difference, nontarget, row[Z_H] if with_hard else 1.0, row[Z_S], row[Z_T]
+    )
     write_row(
-        states, row, 0, blocks, power, hard * rest / row[Z_H] if with_hard else 0.0,
-        soft * (nontarget - difference) / row[Z_S], soft * nontarget / row[Z_T], 0.5 if with_hard else 0.0, temperature,
-        temperature, True, -1, work, False, s,
+        states, row, 0, blocks, power, hard_q, soft_q, soft_p, 0.5 if with_hard else 0.0, temperature, temperature,
+        True, -1, work, False, s,
     )  # fmt: skip
-    s[label] = soft * difference - hard * rest
+    s[label] = _dkd_label_gradient(hard, soft, rest, difference)
     return ce, tckd, nckd, True
 
 
@@ -215,8 +214,8 @@ def _dkd_kernel(sources):
                 x[i], y[i], classes, labels[i], scale * alpha, _soft_scale(scale, alpha, kd_scale, temperature),
                 temperature, target, nontarget, scratch,
             )  # fmt: skip
-            d = (target * tckd if target > 0.0 else 0.0) + (nontarget * nckd if nontarget > 0.0 else 0.0)
-            ce[i], kl[i] = scale * c, scale * kd_scale * d
+            ce[i] = scale * c
+            kl[i] = scale * kd_scale * _dkd_divergence(target, tckd, nontarget, nckd)
             loss[i] = _kd_loss(ce[i], kl[i], alpha)
             if not defined:
                 status[i, 0] = UNDEFINED_GRADIENT
@@ -229,8 +228,8 @@ _dkd = _dkd_kernel(_SOURCES)
 
 
 def dkd_rows(
-    student, teacher, labels, weights, denominator, objective, gradient, loss, ce, kl, status, threads,
-    target, nontarget,
+    student, teacher, target, nontarget, labels, weights, denominator, objective, gradient, loss, ce, kl, status,
+    threads,
 ):  # fmt: skip
     """Decoupled KD: row losses [B] scaled by weight / denominator, and their gradient [B, V]; alpha < 1."""
     labels, weights = _readable(labels), _readable(weights)
@@ -260,13 +259,10 @@ def _mix_row(t, log_share, temperature, e, mixed):
     z = exp_block(t, m, _rate(temperature), e, t, t.size)
     if not z > 0.0:  # NaN
         return False
-    constant = log_share - math.log(z)
+    log_z = math.log(z) - log_share
     for v in range(0, t.size, lanes):
-        a, b = (load(t, v, like) - m) * inverse + constant, load(mixed, v, like)
-        larger = maximum(a, b)
-        apart = where(a > b, b, a) - larger
-        apart = where(larger == -math.inf, 0.0, apart)
-        store(mixed, v, larger + log(exp(apart) + 1.0))
+        a = _log_softmax(load(t, v, like) - m, inverse, log_z)
+        store(mixed, v, _log_of_sum(a, load(mixed, v, like)))
     return True
 
 
@@ -291,14 +287,16 @@ _mix = _mixture_kernel(_SOURCES)
 
 
 def mixture_rows(
-    student, teachers, labels, weights, denominator, objective, gradient, loss, ce, kl, status, threads,
-    shares, culprits,
+    student, teachers, shares, culprits, labels, weights, denominator, objective, gradient, loss, ce, kl, status,
+    threads,
 ):  # fmt: skip
-    """KD from the mixture of teachers in the shares [B, K], which are 0 or positive: as :func:`kd_rows`.
+    """KD from the mixture of ``teachers``: as :func:`kd_rows`; alpha < 1.
 
-    ``culprits`` [B, 3], zero, tell of a teacher's row that cannot be used: status and teacher.
+    ``shares``: K numbers, or an array [B, K] of rows, which are 0 or positive and add up to 1. ``culprits`` [B, 3],
+    zero, tell of a teacher's row that cannot be used: status and teacher.
     """
-    classes = student.shape[1]
+    rows, classes = student.shape
+    shares = np.broadcast_to(shares, (rows, len(teachers)))
     log_p = objective._replace(teacher_temperature=1.0)
 
     def task(part, x, y, mixed):
@@ -347,17 +345,17 @@ def _standardize_row(x, z):
             low, high = min(low, x[v]), max(high, x[v])
     if low == high:
         return 0.0
-    scale = math.ldexp(1.0, -max(math.frexp(max(abs(low), abs(high)))[1], -1000))
+    scale = _spread_scale(low, high)
     for v in range(x.size):
         z[v] = x[v] * scale
     total, count = _sum(z, 0.0, 1)
     first = total / count
-    mean = _sum(z, first, 1)[0] / count
+    second = _sum(z, first, 1)[0] / count
     for v in range(x.size):
         z[v] -= first
-    std = math.sqrt(_sum(z, mean, 2)[0] / count)
+    std = math.sqrt(_sum(z, second, 2)[0] / count)
     for v in range(x.size):
-        z[v] = (z[v] - mean) / std
+        z[v] = _standardized(z[v], second, std)
     return scale / std
 
 
@@ -381,7 +379,7 @@ def _standardize_kernels(sources):
                 z[i, :classes] = math.nan
 
     @njit(nogil=True, cache=True)
-    def through_kernel(z, g, h, classes, inverse, alpha, with_hard):
+    def through_kernel(z, g, h, classes, inverse, alpha):
         """h = alpha h + (1 - alpha) times the gradient g by z, taken through mean and deviation."""
         _ = sources
         for i in range(z.shape[0]):
@@ -398,8 +396,8 @@ def _standardize_kernels(sources):
             for v in range(classes):
                 soft = mean_z * 0.0  # NaN where the gradient is not defined
                 if z[i, v] > -math.inf:
-                    soft = (g[i, v] - mean - z[i, v] * mean_z) * inverse[i]
-                h[i, v] = alpha * h[i, v] + (1.0 - alpha) * soft if with_hard else soft
+                    soft = _standardized_gradient(g[i, v], mean, z[i, v], mean_z, inverse[i])
+                h[i, v] = _kd_loss(h[i, v], soft, alpha)  # which is linear
 
     return standardize_kernel, through_kernel
 
@@ -434,6 +432,6 @@ def standardized_rows(
             loss[part] = kl[part]
         bad = (codes[:, 0] != OK) & ~np.isin(status[part, 0], (LABEL, WEIGHT))
         status[part][bad] = codes[bad]
-        _through(z_s, y, x, classes, inverse, objective.alpha, with_hard)
+        _through(z_s, y, x, classes, inverse, objective.alpha)
 
     _by_chunks(task, student, gradient, 3, threads)

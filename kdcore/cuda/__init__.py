@@ -13,32 +13,40 @@ from importlib import import_module
 from typing import Any
 
 __all__ = [
+    "dkd_rows",
     "finish_state_rows",
     "kd_rows",
     "linear",
     "log_softmax_rows",
     "logsumexp_rows",
     "merge_state_rows",
+    "mixture_rows",
     "multiply_rows",
     "reduce_rows",
     "scale_rows",
     "slice_gradient_rows",
     "softmax_rows",
     "sparse_kd_rows",
+    "standardized_rows",
     "state_rows",
     "weight_sum",
 ]
 
 
+#: Those that the module of the others does not have.
+_VARIANTS = frozenset({"dkd_rows", "mixture_rows", "standardized_rows"})
+
+
 @cache
-def _launchers() -> Any:
+def _launchers(of_variants: bool) -> Any:
     # On first use, because numba.cuda takes a quarter of a second to import and can fail to.
-    return import_module("kdcore.cuda.launch")
+    return import_module("kdcore.cuda.variants") if of_variants else import_module("kdcore.cuda.launch")
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return globals().setdefault(name, getattr(_launchers(), name))  # where the next one finds it at once
+        # Where the next one finds it at once.
+        return globals().setdefault(name, getattr(_launchers(name in _VARIANTS), name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,8 +1,8 @@
-"""Launchers of the CUDA engine: what of an array a kernel takes, grids, streams."""
+"""Launchers of the CUDA engine: which kernel, with what parameters, in what grid."""
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -10,9 +10,10 @@ from kdcore.cuda import kernels, sparse, states
 from kdcore.cuda.direct import Slot, current_context, set_words
 from kdcore.cuda.distillation import parts_of, rates_of
 from kdcore.cuda.groups import PUBLISHED, group_kernel, resident_blocks, share_of
-from kdcore.cuda.memory import Number, scratch
-from kdcore.cuda.plans import chosen, plan_of, require_bfloat16, shared_memory, threads_of
-from kdcore.cuda.primitives import BLANK, SIMULATOR, tag_of
+from kdcore.cuda.memory import scratch
+from kdcore.cuda.parameters import check_dtypes, divisor, like_of, matrix, matrix_of, start_of, vector, vector_of
+from kdcore.cuda.plans import chosen, plan_of, shared_memory, threads_of
+from kdcore.cuda.primitives import BLANK, SIMULATOR
 from kdcore.cuda.streams import Prepared, as_queue, launch, launch_prepared, on_device_of
 from kdcore.errors import MissingDependencyError
 from kdcore.objective import TAILS, UNIFORM, needs_float64
@@ -39,56 +40,11 @@ __all__ = [
 _FEW = 64 if SIMULATOR else 256
 
 
-def _like(wide):
-    """A number in the working type, which is how a kernel learns it."""
-    return np.float64(0) if wide else np.float32(0)
-
-
-def _matrix_of(access, address):
-    """An array [B, V], as kernels take it; one without elements is not given."""
-    return address if access.given else 0, *access.strides, tag_of(access.dtype)
-
-
-def _vector_of(access, address):
-    """An array [B], as kernels take it; one without elements is not given."""
-    return (address, access.strides[0], tag_of(access.dtype)) if access.given else (0, 0, tag_of(access.dtype))
-
-
-def _matrix(array):
-    return _matrix_of(array.layout.access, array.address)
-
-
-def _vector(array):
-    return _vector_of(array.layout.access, array.address)
-
-
-def _divisor(denominator):
-    """(address, number): a denominator [1], as KD kernels take it."""
-    return (0, denominator.value) if type(denominator) is Number else (denominator.address, 0.0)
-
-
-@cache
-def _is_bfloat16(dtype):
-    return dtype.name == "bfloat16"
-
-
-def _check_dtypes(*dtypes):
-    """The one of the storage types that not every device can write."""
-    for dtype in dtypes:
-        if _is_bfloat16(dtype):
-            require_bfloat16()
-
-
-def _start(array):
-    """The address of a contiguous array; 0 if it has no elements."""
-    return array.address if array.size else 0
-
-
 def _row_operation(name, logits, temperature, out, status, stream):
     rows, size = logits.shape
-    _check_dtypes(logits.dtype, out.dtype)
+    check_dtypes(logits.dtype, out.dtype)
     wide = needs_float64((logits.dtype,), temperature)
-    arguments = _matrix(logits), float(temperature), size, _like(wide), _matrix(out), out.shape[1], _start(status)
+    arguments = matrix(logits), float(temperature), size, like_of(wide), matrix(out), out.shape[1], start_of(status)
     threads = threads_of(size, kernels.most_threads(wide))
     launch(kernels.row_kernel(name, wide), rows, threads, stream, *arguments)
 
@@ -144,7 +100,7 @@ def _kd_rows(context, student, teacher, labels, weights, denominator, objective,
     for prepared in launches:
         launch_prepared(
             prepared, rows * blocks, queue, student.address, teacher.address, labels.address, weights.address,
-            *_divisor(denominator), gradient.address, loss.address, ce.address, kl.address, status.address, rows,
+            *divisor(denominator), gradient.address, loss.address, ce.address, kl.address, status.address, rows,
             counts, records,
         )  # fmt: skip
 
@@ -163,7 +119,7 @@ def _kd_launch(
     Of arrays there is what :attr:`kdcore.cuda.arrays.Layout.access` says. Of the group kernel, also how many int64 a
     row's records take.
     """
-    _check_dtypes(student.dtype, teacher.dtype, gradient.dtype)
+    check_dtypes(student.dtype, teacher.dtype, gradient.dtype)
     parts = parts_of(alpha, temperature)
     temperatures = (temperature, teacher_temperature) if parts.soft else (1.0, 1.0)
     if not parts.soft:
@@ -174,10 +130,10 @@ def _kd_launch(
 
     def arguments_of(wide):
         return (
-            _matrix_of(student, s),
-            _matrix_of(teacher, t if parts.soft else s),
-            _vector_of(labels, y),
-            _vector_of(weights, w),
+            matrix_of(student, s),
+            matrix_of(teacher, t if parts.soft else s),
+            vector_of(labels, y),
+            vector_of(weights, w),
             int(ignore_index),
             (address, number),
             float(alpha),
@@ -186,8 +142,8 @@ def _kd_launch(
             np.float32(parameter) if two_formulas and not wide else np.float64(parameter),
             rates_of(*temperatures, wide),
             size,
-            _like(wide),
-            _matrix_of(gradient, g),
+            like_of(wide),
+            matrix_of(gradient, g),
             (loss, ce, kl),
             status if with_status else 0,
         )
@@ -216,15 +172,15 @@ def sparse_kd_rows(
     for samples. ``tail`` is the policy, one of :data:`kdcore.objective.TAILS`.
     """
     rows, size = student.shape
-    _check_dtypes(student.dtype, log_probs.dtype, tail_logmass.dtype, gradient.dtype)
+    check_dtypes(student.dtype, log_probs.dtype, tail_logmass.dtype, gradient.dtype)
     temperature, policy = objective.temperature, TAILS.index(tail)
     parts = parts_of(objective.alpha, temperature)
     wide = needs_float64((student.dtype,), temperature)
     arguments = (
-        _matrix(student), _matrix(indices), _matrix(log_probs), _vector(tail_logmass), _vector(n_valid),
-        indices.shape[1], policy, _vector(labels), _vector(weights), int(objective.ignore_index), _divisor(denominator),
+        matrix(student), matrix(indices), matrix(log_probs), vector(tail_logmass), vector(n_valid),
+        indices.shape[1], policy, vector(labels), vector(weights), int(objective.ignore_index), divisor(denominator),
         float(objective.alpha), float(temperature), float(objective.kd_scale), rates_of(temperature, temperature, wide),
-        size, _like(wide), _matrix(gradient), (loss.address, ce.address, kl.address), _start(status),
+        size, like_of(wide), matrix(gradient), (loss.address, ce.address, kl.address), start_of(status),
     )  # fmt: skip
     kernel = sparse.sparse_kd_kernel(parts.hard, parts.power, policy == UNIFORM, wide)
     launch(kernel, rows, threads_of(size, kernels.most_threads(wide)), stream, *arguments)
@@ -233,12 +189,12 @@ def sparse_kd_rows(
 def state_rows(student, teacher, labels, start, ignore_index, temperature, teacher_temperature, state, status, stream):
     """state [B, STATE_COLUMNS] of slices [B, V], whose first class is ``start``; rows with NaN become NaN."""
     rows, size = student.shape
-    _check_dtypes(student.dtype, teacher.dtype)
+    check_dtypes(student.dtype, teacher.dtype)
     parts = parts_of(0.5, temperature)
     wide = needs_float64((student.dtype, teacher.dtype), temperature, teacher_temperature)
     arguments = (
-        _matrix(student), _matrix(teacher), _vector(labels), int(start), int(ignore_index),
-        rates_of(temperature, teacher_temperature, wide), size, _like(wide), _start(state),
+        matrix(student), matrix(teacher), vector(labels), int(start), int(ignore_index),
+        rates_of(temperature, teacher_temperature, wide), size, like_of(wide), start_of(state),
     )  # fmt: skip
     threads = threads_of(size, kernels.most_threads(wide))
     launch(states.state_kernel(parts, wide), rows, threads, stream, *arguments)
@@ -247,14 +203,14 @@ def state_rows(student, teacher, labels, start, ignore_index, temperature, teach
 def merge_state_rows(a, b, temperature, teacher_temperature, out, stream):
     """out [B, STATE_COLUMNS] = the states of the slices of a and of b together."""
     rows = a.shape[0]
-    arguments = _start(a), _start(b), rows, float(temperature), float(teacher_temperature), _start(out)
+    arguments = start_of(a), start_of(b), rows, float(temperature), float(teacher_temperature), start_of(out)
     launch(states.merge_kernel, -(-rows // _FEW), _FEW, stream, *arguments)
 
 
 def scale_rows(labels, weights, ignore_index, denominator, out, stream):
     """out [B] = weight / denominator[0] of each row, 0 where it is masked."""
     rows = out.shape[0]
-    arguments = _vector(labels), _vector(weights), int(ignore_index), rows, denominator.address, _start(out)
+    arguments = vector(labels), vector(weights), int(ignore_index), rows, denominator.address, start_of(out)
     launch(states.scale_kernel, -(-rows // _FEW), _FEW, stream, *arguments)
 
 
@@ -262,7 +218,7 @@ def finish_state_rows(state, scale, alpha, kd_scale, teacher_temperature, result
     """results [3, B] = loss, ce and kl of whole rows, scaled; NaN of those that cannot be used."""
     rows = state.shape[0]
     scalars = rows, float(alpha), float(kd_scale), float(teacher_temperature)
-    arguments = _start(state), _start(scale), *scalars, tuple(_start(results[k]) for k in range(3))
+    arguments = start_of(state), start_of(scale), *scalars, tuple(start_of(results[k]) for k in range(3))
     launch(states.finish_kernel, -(-rows // _FEW), _FEW, stream, *arguments)
 
 
@@ -271,13 +227,13 @@ def slice_gradient_rows(
 ):
     """gradient [B, V] of slices, from the states [B, STATE_COLUMNS] of whole rows and their scales [B]."""
     rows, size = student.shape
-    _check_dtypes(student.dtype, teacher.dtype, gradient.dtype)
+    check_dtypes(student.dtype, teacher.dtype, gradient.dtype)
     parts = parts_of(alpha, temperature)
     temperatures = (temperature, teacher_temperature) if parts.soft else (1.0, 1.0)
     wide = needs_float64((student.dtype, teacher.dtype), *temperatures)
     arguments = (
-        _matrix(student), _matrix(teacher), _vector(labels), int(start), _start(state), _start(scale), float(alpha),
-        float(temperatures[0]), float(kd_scale), rates_of(*temperatures, wide), size, _like(wide), _matrix(gradient),
+        matrix(student), matrix(teacher), vector(labels), int(start), start_of(state), start_of(scale), float(alpha),
+        float(temperatures[0]), float(kd_scale), rates_of(*temperatures, wide), size, like_of(wide), matrix(gradient),
     )  # fmt: skip
     threads = threads_of(size, kernels.most_threads(wide))
     launch(states.gradient_kernel(parts, wide), rows, threads, stream, *arguments)
@@ -292,7 +248,7 @@ def weight_sum(labels, weights, ignore_index, rows, out, stream):
 @lru_cache(maxsize=256)
 def _weight_sum_launch(labels, weights):
     y, w, ignore_index, rows, out = map(Slot, range(5))
-    arguments = _vector_of(labels, y), _vector_of(weights, w), ignore_index, rows, out
+    arguments = vector_of(labels, y), vector_of(weights, w), ignore_index, rows, out
     return Prepared(kernels.weight_sum_kernel, _FEW, arguments, "qqqqq")
 
 
@@ -308,7 +264,7 @@ _REDUCE = Prepared(kernels.reduce_kernel, _FEW, (Slot(0), Slot(1), Slot(2)), "qq
 def multiply_rows(rows, factors, stream):
     """rows [B, V] *= factors [B], in place, rounded once; a row whose factor is 1 is neither read nor written."""
     count, size = rows.layout.shape
-    _check_dtypes(rows.dtype)
+    check_dtypes(rows.dtype)
     prepared, share = _multiply_launch(rows.layout.access, factors.layout.access)
     launch_prepared(prepared, count * -(-size // share), stream, rows.address, factors.address, size)
 
@@ -318,13 +274,13 @@ def _multiply_launch(rows, factors):
     address, of_factors, size = map(Slot, range(3))
     share = 32 * _FEW
     wide = rows.dtype == np.float64
-    arguments = _matrix_of(rows, address), _vector_of(factors, of_factors), size, share, _like(wide)
+    arguments = matrix_of(rows, address), vector_of(factors, of_factors), size, share, like_of(wide)
     return Prepared(kernels.multiply_kernel, _FEW, arguments, "qqq"), share
 
 
 def fill(out, value, stream):
     """All elements of a contiguous array become ``value``."""
-    launch(kernels.fill_kernel, -(-out.size // _FEW), _FEW, stream, _start(out), out.size, out.dtype.type(value))
+    launch(kernels.fill_kernel, -(-out.size // _FEW), _FEW, stream, start_of(out), out.size, out.dtype.type(value))
 
 
 def _matmul(x, weight, out, stream):
@@ -345,8 +301,8 @@ def linear(x, weight, bias, activation, out, stream):
     """out [B, M] = activation(x [B, K] @ weight [M, K].T + bias [M])."""
     rows, columns = out.shape
     if SIMULATOR:
-        arguments = _matrix(x), _matrix(weight), _matrix(out), x.shape[1], columns
+        arguments = matrix(x), matrix(weight), matrix(out), x.shape[1], columns
         launch(kernels.matmul_kernel, rows, _FEW, stream, *arguments)
     elif rows > 0:
         _matmul(x, weight, out, stream)
-    launch(kernels.BIAS_KERNELS[activation], rows, _FEW, stream, _vector(bias), _matrix(out), columns)
+    launch(kernels.BIAS_KERNELS[activation], rows, _FEW, stream, vector(bias), matrix(out), columns)

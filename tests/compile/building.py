@@ -11,7 +11,7 @@ from numba import cuda
 from numba.core import types as nb
 from numba.cuda import dispatcher
 
-from kdcore.cuda import direct, launch, plans, streams
+from kdcore.cuda import direct, launch, plans, streams, variants
 from kdcore.cuda.groups import resident_blocks
 
 __all__ = [
@@ -20,16 +20,20 @@ __all__ = [
     "Built",
     "Launched",
     "build",
+    "dkd_signature",
     "group_signature",
     "kd_signature",
     "label_of",
     "matrix",
+    "mixture_signature",
     "most_registers",
     "most_threads",
     "rates",
     "record_launches",
     "row_signature",
     "sparse_signature",
+    "standardize_signature",
+    "standardized_signature",
     "vector",
 ]
 
@@ -75,9 +79,10 @@ def record_launches(monkeypatch, make):
         arguments = direct.filled(prepared.arguments, values)
         found.append(Launched(prepared.kernel, blocks, prepared.threads, arguments, again))
 
-    monkeypatch.setattr(launch, "launch", record)
+    for module in (launch, variants):
+        monkeypatch.setattr(module, "launch", record)
+        monkeypatch.setattr(module, "scratch", lambda shape, dtype, stream: make(dtype, *shape))
     monkeypatch.setattr(launch, "launch_prepared", record_prepared)
-    monkeypatch.setattr(launch, "scratch", lambda shape, dtype, stream: make(dtype, *shape))
     monkeypatch.setattr(launch, "set_words", lambda *of: True)
     monkeypatch.setattr(launch, "current_context", lambda: 0)
     monkeypatch.setattr(launch, "on_device_of", lambda stream: streams._HERE)
@@ -128,6 +133,39 @@ def sparse_signature(
         matrix(STORED[student]), matrix(indices), matrix(log_probs), vector(log_probs), vector(indices), nb.int64,
         nb.int64, vector(labels), vector(weights), nb.int64, DIVISOR, nb.float64, nb.float64, nb.float64,
         rates(_LIKE[wide]), nb.int64, _LIKE[wide], matrix(STORED[gradient]), nb.UniTuple(nb.int64, 3), nb.int64,
+    )  # fmt: skip
+
+
+def dkd_signature(student, teacher, gradient, labels=nb.int64, weights=nb.float64):
+    """Of ``variants.dkd_kernel``; the first three are names of dtypes."""
+    return (
+        matrix(STORED[student]), matrix(STORED[teacher]), nb.float64, nb.float64, vector(labels), vector(weights),
+        nb.int64, DIVISOR, nb.float64, nb.float64, nb.float64, nb.int64, matrix(STORED[gradient]),
+        nb.UniTuple(nb.int64, 3), nb.int64,
+    )  # fmt: skip
+
+
+def mixture_signature(teacher, shares=nb.float64, labels=nb.int64, weights=nb.float64):
+    """Of ``variants.mixture_kernel``; the first is a name of a dtype."""
+    return (
+        matrix(STORED[teacher]), nb.int64, nb.int64, matrix(shares), nb.float64, vector(labels), vector(weights),
+        nb.int64, nb.float64, nb.int64, matrix(nb.float64), nb.int64,
+    )  # fmt: skip
+
+
+def standardize_signature(logits, labels=nb.int64, weights=nb.float64):
+    """Of ``variants.standardize_kernel``; the first is a name of a dtype."""
+    return (
+        matrix(STORED[logits]), nb.int64, vector(labels), vector(weights), nb.int64, nb.int64, matrix(nb.float64),
+        nb.int64, nb.int64,
+    )  # fmt: skip
+
+
+def standardized_signature(student, gradient, labels=nb.int64, weights=nb.float64):
+    """Of ``variants.standardized_kernel``; the first two are names of dtypes."""
+    return (
+        matrix(STORED[student]), vector(labels), vector(weights), nb.int64, DIVISOR, nb.float64, nb.int64,
+        *(matrix(nb.float64),) * 2, nb.int64, nb.int64, matrix(STORED[gradient]), nb.UniTuple(nb.int64, 3), nb.int64,
     )  # fmt: skip
 
 

@@ -18,14 +18,19 @@ from building import (
     RESIDENT,
     STORED,
     build,
+    dkd_signature,
     group_signature,
     kd_signature,
     matrix,
+    mixture_signature,
+    most_registers,
     most_threads,
     rates,
     record_launches,
     row_signature,
     sparse_signature,
+    standardize_signature,
+    standardized_signature,
     vector,
 )
 from numba import cuda, typeof
@@ -33,7 +38,7 @@ from numba.core import types as nb
 from sass import functions_of, width_of
 
 from kdcore import divergences
-from kdcore.cuda import groups, kernels, launch, plans, rows, sparse, states
+from kdcore.cuda import groups, kernels, launch, plans, rows, sparse, states, variants
 from kdcore.cuda.arrays import DeviceArray, layout_of
 from kdcore.cuda.distillation import Parts, parts_of
 from kdcore.divergences import Divergence, as_divergence, exp, log, where
@@ -202,6 +207,70 @@ def test_sparse_teachers(student, gradient, wide, parts, linear, capability):
     assert (built.stack, built.spilled) == (0, 0)
 
 
+#: Kernels of the variants and types of their arguments, by name: each type of storage, of labels and of weights.
+VARIANTS = {
+    **{
+        f"dkd, {parts}, {student}": (
+            variants.dkd_kernel(PARTS[parts].hard, PARTS[parts].power),
+            dkd_signature(student, turn(STORED, n + 1), turn(STORED, n // 2), turn(LABELS, n), turn(WEIGHTS, n)),
+        )
+        for n, (parts, student) in enumerate(
+            itertools.product([parts for parts in PARTS if PARTS[parts].soft], ["float32", "bfloat16"])
+        )
+    },
+    "dkd, both, float16": (variants.dkd_kernel(True, 0), dkd_signature("float16", "float64", "float16")),
+    "dkd, both, float64": (variants.dkd_kernel(True, 0), dkd_signature("float64", "float64", "float64")),
+    **{
+        f"mixture, {stored}": (
+            variants.mixture_kernel,
+            mixture_signature(stored, turn(WEIGHTS, n), turn(LABELS, 3 * n), turn(WEIGHTS, n // 2)),
+        )
+        for n, stored in enumerate(STORED)
+    },
+    **{
+        f"standardize, {stored}": (
+            variants.standardize_kernel, standardize_signature(stored, turn(LABELS, n + 1), turn(WEIGHTS, n))
+        )
+        for n, stored in enumerate(STORED)
+    },
+    **{
+        f"standardized, {hard}, {stored}": (
+            variants.standardized_kernel(hard),
+            standardized_signature(stored, turn(STORED, n + hard), turn(LABELS, n + 4), turn(WEIGHTS, n)),
+        )
+        for n, stored in enumerate(STORED)
+        for hard in (False, True)
+    },
+}  # fmt: skip
+
+
+#: Those that are built for each generation of devices; the others for one of them in turn.
+MAIN_VARIANTS = {
+    "dkd, both, power 0, float32",
+    "mixture, bfloat16",
+    "standardize, bfloat16",
+    "standardized, True, float32",
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants(name):
+    """Without spilled registers, and without memory of a thread's own."""
+    kernel, signature = VARIANTS[name]
+    for capability in RESIDENT if name in MAIN_VARIANTS else [turn(RESIDENT, list(VARIANTS).index(name))]:
+        built = build(kernel, signature, capability)
+        assert (built.stack, built.spilled) == (0, 0)
+        assert built.registers <= most_registers(kernel)
+        functions = functions_of(built.code).values()
+        opcodes = {opcode for function in functions for block in function.blocks.values() for opcode in block}
+        assert opcodes
+        assert not [opcode for opcode in opcodes if width_of(opcode, "LDL", "STL")]
+
+
+def test_each_variant_has_a_main_kernel():
+    assert set(VARIANTS) >= MAIN_VARIANTS
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
 def test_sums(capability):
     address = nb.int64
@@ -262,6 +331,8 @@ def test_no_kernel_is_left_out():
     assert {name for name in kernels.__all__ if "kernel" in name.lower()} == tested
     assert {name for name in groups.__all__ if "kernel" in name.lower()} == {"group_kernel"}
     assert sparse.__all__ == ["sparse_kd_kernel"]
+    of_variants = {"dkd_kernel", "mixture_kernel", "standardize_kernel", "standardized_kernel"}
+    assert {name for name in variants.__all__ if "kernel" in name} == of_variants
     of_states = {"finish_kernel", "gradient_kernel", "merge_kernel", "scale_kernel", "state_kernel"}
     assert {name for name in states.__all__ if "kernel" in name.lower()} == of_states
 
@@ -398,6 +469,54 @@ def test_sparse_teachers_are_launched_as_they_are_built(launched, student, parts
     assert kernel is sparse.sparse_kd_kernel(PARTS[parts].hard, PARTS[parts].power, tail == "uniform", wide)
     assert arguments == sparse_signature(student, student, wide, nb.int32, nb.float16, nb.int32, nb.float32)
     assert 0 < threads <= most_threads(kernel)
+
+
+@pytest.mark.parametrize("size", [1, 1000, 30000])
+@pytest.mark.parametrize("parts", [parts for parts in PARTS if PARTS[parts].soft])
+def test_variants_are_launched_as_they_are_built(launched, monkeypatch, parts, size):
+    """Chunks of rows included, of which the last has one."""
+    monkeypatch.setattr(variants, "_CHUNK", 2 * size)
+    alpha, temperature = OBJECTIVES[parts]
+    hard, rows = PARTS[parts].hard, 3
+    student, teacher = device_array("bfloat16", rows, size), device_array("float16", rows, size)
+    rest = (
+        device_array("int32", rows), device_array("float32", 0), device_array("float64", 1),
+        Objective(divergences.forward_kl(), temperature, temperature, alpha, 4.0, -1),
+        device_array("float32", rows, size), *[device_array("float64", rows)] * 3, device_array("int64", 0, 2), None,
+    )  # fmt: skip
+    kinds = nb.int32, nb.float32
+
+    variants.dkd_rows(student, teacher, 1, 8, *rest)
+    kernel, threads, arguments = what(launched)
+    assert kernel is variants.dkd_kernel(hard, PARTS[parts].power)
+    assert arguments == dkd_signature("bfloat16", "float16", "float32", *kinds)
+    assert 0 < threads <= most_threads(kernel) and not launched
+
+    def check(expected):
+        assert len(launched) == 2 * len(expected)
+        for of, types in reversed(2 * expected):
+            kernel, threads, arguments = what(launched)
+            assert kernel is of
+            assert arguments == types
+            assert 0 < threads <= most_threads(kernel)
+
+    kd = kernels.kd_kernel(PARTS[parts], None, None, True)
+    for shares, stored in [
+        ((0.5, 0.5), "float64"),
+        (device_array("float32", 1, 2), "float32"),
+        (device_array("float64", rows, 2), "float64"),
+    ]:
+        variants.mixture_rows(student, [teacher] * 2, shares, device_array("int64", 0, 3), *rest)
+        mix = variants.mixture_kernel, mixture_signature("float16", STORED[stored], *kinds)
+        check([mix, mix, (kd, kd_signature("bfloat16", "float64", "float32", True, *kinds))])
+
+    variants.standardized_rows(student, teacher, *rest)
+    soft = kernels.kd_kernel(PARTS["soft"], None, None, True)
+    check([
+        *((variants.standardize_kernel, standardize_signature(of, *kinds)) for of in ("bfloat16", "float16")),
+        (soft, kd_signature("float64", "float64", "float64", True, *kinds)),
+        (variants.standardized_kernel(hard), standardized_signature("bfloat16", "float32", *kinds)),
+    ])  # fmt: skip
 
 
 @pytest.mark.parametrize("size", [1, 1000, 30000])

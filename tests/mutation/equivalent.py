@@ -156,6 +156,11 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
             "close = z * z < 0.25",
             "close = (z * z <= 0.25)",
         ),
+        (
+            "cuda/variants.py",
+            "if code == OK and not abs(total - 1.0) <= SHARE_TOLERANCE:",
+            "if code == OK and not (abs(total - 1.0) < SHARE_TOLERANCE):",
+        ),
     ],
     "what is computed apart is used only where |z| >= 1/2, which takes |y| >= 1": [
         (
@@ -215,6 +220,16 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
             "cpu/variants.py",
             "if target > 0.0:",
             "if (target >= 0.0):",
+        ),
+        (
+            "cuda/variants.py",
+            "if target > 0.0:",
+            "if (target >= 0.0):",
+        ),
+        (
+            "cuda/variants.py",
+            "if nontarget > 0.0 and teacher_rest: # else p = 1, and of the others the teacher says nothing",
+            "if (nontarget >= 0.0) and teacher_rest: # else p = 1, and of the others the teacher says nothing",
         ),
     ],
     "without a gradient no row of it is touched": [
@@ -304,6 +319,21 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
             "if is_own and cuda.threadIdx.x == 0:",
             "if is_own and cuda.threadIdx.x == (1):",
         ),
+        (
+            "cuda/variants.py",
+            "first = cuda.threadIdx.x == 0",
+            "first = (cuda.threadIdx.x != 0)",
+        ),
+        (
+            "cuda/variants.py",
+            "first = cuda.threadIdx.x == 0",
+            "first = cuda.threadIdx.x == (1)",
+        ),
+        (
+            "cuda/variants.py",
+            "if first and k == 0:",
+            "if (first or k == 0):",
+        ),
     ],
     "what forward KL has no use for": [
         (
@@ -339,6 +369,46 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
             "like = e[0]",
             "like = e[(1)]",
         ),
+        (
+            "cuda/variants.py",
+            "scale = weight / load_stored(denominator, np.float64(0))",
+            "scale = weight / load_stored(denominator, np.float64((1)))",
+        ),
+        (
+            "cuda/variants.py",
+            "if k > 0 and culprits != 0 and load_stored(culprits + 24 * i, np.int64(0)) != OK:",
+            "if k > 0 and culprits != 0 and load_stored(culprits + 24 * i, np.int64((1))) != OK:",
+        ),
+        (
+            "cuda/variants.py",
+            "if argument == TEACHER and load_stored(codes + 16 * i, np.int64(0)) != OK:",
+            "if argument == TEACHER and load_stored(codes + 16 * i, np.int64((1))) != OK:",
+        ),
+        (
+            "cuda/variants.py",
+            "scale, m, z_h, ce = weight / load_stored(denominator, np.float64(0)), np.float64(0), np.float64(1), 0.0",
+            "scale, m, z_h, ce = weight / load_stored(denominator, np.float64((1))), np.float64(0), np.float64(1), 0.0",
+        ),
+        (
+            "cuda/variants.py",
+            "code = load_stored(codes + 16 * i, np.int64(0))",
+            "code = load_stored(codes + 16 * i, np.int64((1)))",
+        ),
+        (
+            "cuda/variants.py",
+            "kl = load_stored(results[2] + 8 * i, np.float64(0))",
+            "kl = load_stored(results[2] + 8 * i, np.float64((1)))",
+        ),
+        (
+            "cuda/variants.py",
+            "report(status, i, code, load_stored(codes + 16 * i + 8, np.int64(0)))",
+            "report(status, i, code, load_stored(codes + 16 * i + 8, np.int64((1))))",
+        ),
+        (
+            "cuda/variants.py",
+            "of_std, rate = load_stored(inverse + 8 * i, np.float64(0)), rate_of(1.0, _WIDE)",
+            "of_std, rate = load_stored(inverse + 8 * i, np.float64((1))), rate_of(1.0, _WIDE)",
+        ),
     ],
     "h5py makes them too, and the releases that are tested keep no times of them": [
         (
@@ -352,6 +422,156 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
             "teachers/truncating.py",
             "if logits.shape[-1] == self._vocab_size or not len(logits):",
             "if (logits.shape[-1] == self._vocab_size and (not len(logits))):",
+        ),
+    ],
+    "a sum that nobody asks for": [
+        (
+            "cuda/variants.py",
+            "bad_s, bad_t, _, _ = block_sums(bad_s, bad_t, 0.0, 0.0, shared)",
+            "bad_s, bad_t, _, _ = block_sums(bad_s, bad_t, (1.0), 0.0, shared)",
+        ),
+        (
+            "cuda/variants.py",
+            "bad_s, bad_t, _, _ = block_sums(bad_s, bad_t, 0.0, 0.0, shared)",
+            "bad_s, bad_t, _, _ = block_sums(bad_s, bad_t, 0.0, (1.0), shared)",
+        ),
+        (
+            "cuda/variants.py",
+            "count, bad, _, _ = block_sums(count, bad, 0.0, 0.0, shared)",
+            "count, bad, _, _ = block_sums(count, bad, (1.0), 0.0, shared)",
+        ),
+        (
+            "cuda/variants.py",
+            "count, bad, _, _ = block_sums(count, bad, 0.0, 0.0, shared)",
+            "count, bad, _, _ = block_sums(count, bad, 0.0, (1.0), shared)",
+        ),
+        (
+            "cuda/variants.py",
+            "total, total_z, count, _ = block_sums(total, total_z, count, 0.0, shared)",
+            "total, total_z, count, _ = block_sums(total, total_z, count, (1.0), shared)",
+        ),
+    ],
+    "one NaN makes all of a row NaN": [
+        (
+            "cuda/variants.py",
+            "fill_row(out, np.int64(0), size, math.nan)",
+            "fill_row(out, np.int64((1)), size, math.nan)",
+        ),
+    ],
+    "there is more of it than is used": [
+        (
+            "cuda/variants.py",
+            "told = cuda.shared.array(5, float64)",
+            "told = cuda.shared.array((6), float64)",
+        ),
+        (
+            "cuda/variants.py",
+            "inverse, codes = scratch((step,), np.float64, stream), scratch((step, 2), np.int64, stream)",
+            "inverse, codes = scratch((step,), np.float64, stream), scratch((step, (3)), np.int64, stream)",
+        ),
+    ],
+    "whether there are any counts, not how many": [
+        (
+            "cuda/variants.py",
+            "bad_s += 1.0",
+            "bad_s += (2.0)",
+        ),
+        (
+            "cuda/variants.py",
+            "bad_t += 1.0",
+            "bad_t += (2.0)",
+        ),
+        (
+            "cuda/variants.py",
+            "bad += 1.0",
+            "bad += (2.0)",
+        ),
+    ],
+    "what there is not is divided by anything but 0": [
+        (
+            "cuda/variants.py",
+            "hard_share, soft, rest, difference, of_others, z_h if hard and student_rest else 1.0,",
+            "hard_share, soft, rest, difference, of_others, z_h if hard and student_rest else (2.0),",
+        ),
+        (
+            "cuda/variants.py",
+            "z_s if student_rest else 1.0, z_t if teacher_rest else 1.0,",
+            "z_s if student_rest else (2.0), z_t if teacher_rest else 1.0,",
+        ),
+        (
+            "cuda/variants.py",
+            "z_s if student_rest else 1.0, z_t if teacher_rest else 1.0,",
+            "z_s if student_rest else 1.0, z_t if teacher_rest else (2.0),",
+        ),
+    ],
+    "of two ways to give them, the other is taken": [
+        (
+            "cuda/variants.py",
+            "numbers, of_rows = shares, (0, 0, 0, _WIDE)",
+            "numbers, of_rows = shares, (0, (1), 0, _WIDE)",
+        ),
+        (
+            "cuda/variants.py",
+            "numbers, of_rows = shares, (0, 0, 0, _WIDE)",
+            "numbers, of_rows = shares, (0, 0, (1), _WIDE)",
+        ),
+        (
+            "cuda/variants.py",
+            "numbers, of_rows = (0.0,) * len(teachers), (address, 0, to_next, tag)",
+            "numbers, of_rows = ((1.0),) * len(teachers), (address, 0, to_next, tag)",
+        ),
+        (
+            "cuda/variants.py",
+            "numbers, of_rows = (0.0,) * len(teachers), _matrix(shares[part])",
+            "numbers, of_rows = ((1.0),) * len(teachers), _matrix(shares[part])",
+        ),
+    ],
+    "the first of them finds no fault yet": [
+        (
+            "cuda/variants.py",
+            "if k > 0 and culprits != 0 and load_stored(culprits + 24 * i, np.int64(0)) != OK:",
+            "if (k >= 0) and culprits != 0 and load_stored(culprits + 24 * i, np.int64(0)) != OK:",
+        ),
+    ],
+    "exponentials are 0, relative to any number": [
+        (
+            "cuda/variants.py",
+            "m_s, m_t = m_s if student_rest else 0.0, m_t if teacher_rest else 0.0",
+            "m_s, m_t = m_s if student_rest else (1.0), m_t if teacher_rest else 0.0",
+        ),
+        (
+            "cuda/variants.py",
+            "m_s, m_t = m_s if student_rest else 0.0, m_t if teacher_rest else 0.0",
+            "m_s, m_t = m_s if student_rest else 0.0, m_t if teacher_rest else (1.0)",
+        ),
+    ],
+    "the other factor is 0": [
+        (
+            "cuda/variants.py",
+            "h = _kd_gradient(e - z_h if v == label else e, 0.0, 0.0, scale / z_h, 0.0, 0.0) # without a divergence",
+            "h = _kd_gradient(e - z_h if v == label else e, (1.0), 0.0, scale / z_h, 0.0, 0.0) # without a divergence",
+        ),
+        (
+            "cuda/variants.py",
+            "h = _kd_gradient(e - z_h if v == label else e, 0.0, 0.0, scale / z_h, 0.0, 0.0) # without a divergence",
+            "h = _kd_gradient(e - z_h if v == label else e, 0.0, (1.0), scale / z_h, 0.0, 0.0) # without a divergence",
+        ),
+        (
+            "cuda/variants.py",
+            "h = _kd_gradient(e - z_h if v == label else e, 0.0, 0.0, scale / z_h, 0.0, 0.0) # without a divergence",
+            "h = _kd_gradient(e - z_h if v == label else e, 0.0, 0.0, scale / z_h, (1.0), 0.0) # without a divergence",
+        ),
+        (
+            "cuda/variants.py",
+            "h = _kd_gradient(e - z_h if v == label else e, 0.0, 0.0, scale / z_h, 0.0, 0.0) # without a divergence",
+            "h = _kd_gradient(e - z_h if v == label else e, 0.0, 0.0, scale / z_h, 0.0, (1.0)) # without a divergence",
+        ),
+    ],
+    "what it says of an undefined gradient nobody reads": [
+        (
+            "cuda/variants.py",
+            "report(status, i, UNDEFINED_GRADIENT if undefined else OK, 0)",
+            "report(status, i, UNDEFINED_GRADIENT if undefined else OK, (1))",
         ),
     ],
 }

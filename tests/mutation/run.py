@@ -78,6 +78,7 @@ PARTS = {
             "cuda/kernels.py": (*_CUDA_TESTS, "test_cuda_sparse.py"),
             "cuda/states.py": ("test_cuda_engine.py", "test_cuda_kernels.py"),
             "cuda/sparse.py": ("test_cuda_sparse.py",),
+            "cuda/variants.py": ("test_cuda_variants.py",),
         },
         0.95,
         simulated=True,
