@@ -60,6 +60,10 @@ __all__ = [
 ]
 
 
+#: Of a smaller share p's part of a mixture would be 0 in float32 where p itself is not, and log(p / mixture) is large.
+_LEAST_SHARE = 1e-20
+
+
 @dataclass(frozen=True)
 class Divergence:
     """D = sum of term(p, q, r, parameter) over the classes, r = log q - log p.
@@ -131,20 +135,20 @@ def jsd(beta: float = 0.5) -> Divergence:
 
 
 def skew_forward_kl(lam: float = 0.1) -> Divergence:
-    """KL(p || lam p + (1 - lam) q), 0 < lam < 1 (Lee 2001; DistiLLM: Ko et al. 2024, arXiv:2402.03898).
+    """KL(p || lam p + (1 - lam) q), 1e-20 <= lam < 1 (Lee 2001; DistiLLM: Ko et al. 2024, arXiv:2402.03898).
 
     Always finite, at most -log lam. Forward KL at lam = 0.
     """
-    lam = number_in(lam, "lam", 0, 1, low_open=True, high_open=True)
+    lam = number_in(lam, "lam", _LEAST_SHARE, 1, high_open=True)
     return Divergence("skew_forward_kl", formulas.skew_forward_kl_term, formulas.skew_forward_kl_slope, lam)
 
 
 def skew_reverse_kl(lam: float = 0.1) -> Divergence:
-    """KL(q || lam q + (1 - lam) p), 0 < lam < 1 (DistiLLM: Ko et al. 2024, arXiv:2402.03898).
+    """KL(q || lam q + (1 - lam) p), 1e-20 <= lam < 1 (DistiLLM: Ko et al. 2024, arXiv:2402.03898).
 
     Always finite, at most -log lam. Reverse KL at lam = 0.
     """
-    lam = number_in(lam, "lam", 0, 1, low_open=True, high_open=True)
+    lam = number_in(lam, "lam", _LEAST_SHARE, 1, high_open=True)
     return Divergence("skew_reverse_kl", formulas.skew_reverse_kl_term, formulas.skew_reverse_kl_slope, lam)
 
 

@@ -2,9 +2,9 @@
 
 The functions are plain Python that uses ``math`` alone. Each engine compiles them with its own compiler, so a formula
 that changes here changes everywhere. A formula may call no other one, because a compiled function cannot call one that
-is not; it may call :func:`where`, :func:`fma`, :func:`log`, :func:`exp` and :func:`exprel`, for which :func:`bound`
-puts an engine's own. It has no branches but ``where``, so that a vector of numbers can take the place of a number.
-Exponentials of logits come in as arguments.
+is not; it may call :func:`where`, :func:`fma`, :func:`log`, :func:`exp`, :func:`exprel` and :func:`reciprocal`, for
+which :func:`bound` puts an engine's own. It has no branches but ``where``, so that a vector of numbers can take the
+place of a number. Exponentials of logits come in as arguments.
 
 Notation, for one row of V classes:
 
@@ -57,6 +57,7 @@ __all__ = [
     "outcome_term",
     "probability_difference",
     "rate",
+    "reciprocal",
     "relu",
     "reverse_kl_slope",
     "reverse_kl_term",
@@ -116,8 +117,13 @@ def exprel(x):
     return math.expm1(x) / x
 
 
+def reciprocal(x):
+    """1 / x of a positive number, as near as one rounding more would leave it."""
+    return 1.0 / x
+
+
 def bound(formula, functions):
-    """A copy of a formula that finds ``functions`` (a dict by name) where it says where, fma, log, exp or exprel."""
+    """A copy of a formula that finds ``functions``, a dict, by the names of the functions above."""
     names = {**formula.__globals__, **functions}
     return type(formula)(formula.__code__, names, formula.__name__, formula.__defaults__, formula.__closure__)
 
@@ -385,7 +391,7 @@ def jsd_term(p, q, r, c):
     One logarithm, that of the larger one over m; the other is less by |r|.
     """
     m = c * p + (1.0 - c) * q
-    larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))
+    larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * reciprocal(where(m > _LEAST, m, 1.0)))
     of_p, of_q = where(r > 0.0, larger - r, larger), where(r < 0.0, larger + r, larger)
     return where(p > 0.0, c * p * of_p, 0.0) + where(q > 0.0, (1.0 - c) * q * of_q, 0.0)
 
@@ -393,7 +399,7 @@ def jsd_term(p, q, r, c):
 def jsd_slope(p, q, r, c):
     """q phi' of the Jensen-Shannon divergence."""
     m = c * p + (1.0 - c) * q
-    larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))
+    larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * reciprocal(where(m > _LEAST, m, 1.0)))
     return where(q > 0.0, (1.0 - c) * q * where(r < 0.0, larger + r, larger), 0.0)
 
 
@@ -401,14 +407,14 @@ def skew_forward_kl_term(p, q, r, c):
     """KL(p || m), m = c p + (1 - c) q: p log(p / m) + m - p."""
     m = c * p + (1.0 - c) * q
     o = where(m > _LEAST, m, 1.0)
-    n = 1.0 / o
+    n = reciprocal(o)
     return p * log(where(p > 0.0, p, o) * n) + (m - p)
 
 
 def skew_forward_kl_slope(p, q, r, c):
     """q phi' of KL(p || m)."""
     m = c * p + (1.0 - c) * q
-    n = 1.0 / where(m > _LEAST, m, 1.0)
+    n = reciprocal(where(m > _LEAST, m, 1.0))
     return (1.0 - c) * q * ((m - p) * n)
 
 
@@ -416,7 +422,7 @@ def skew_reverse_kl_term(p, q, r, c):
     """KL(q || m), m = c q + (1 - c) p: q log(q / m) + m - q."""
     m = c * q + (1.0 - c) * p
     o = where(m > _LEAST, m, 1.0)
-    n = 1.0 / o
+    n = reciprocal(o)
     return q * log(where(q > 0.0, q, o) * n) + (m - q)
 
 
@@ -424,7 +430,7 @@ def skew_reverse_kl_slope(p, q, r, c):
     """q phi' of KL(q || m)."""
     m = c * q + (1.0 - c) * p
     o = where(m > _LEAST, m, 1.0)
-    n = 1.0 / o
+    n = reciprocal(o)
     return q * (log(where(q > 0.0, q, o) * n) + c * ((m - q) * n))
 
 
@@ -452,7 +458,7 @@ def alpha_term(p, q, r, c):
     close = z * z < 0.25
     near = a * (0.0 - y) * exprel(z)
     apart = where(y > 0.0, a, b) * exp(where(y > 0.0, z, (1.0 - k) * y)) - a
-    return ((b - a) - where(close, near, apart * (1.0 / k))) * (1.0 / (1.0 - k))
+    return ((b - a) - where(close, near, apart * reciprocal(k))) * reciprocal(1.0 - k)
 
 
 def alpha_slope(p, q, r, c):
@@ -461,7 +467,7 @@ def alpha_slope(p, q, r, c):
     close = z * z < 0.25
     near = q * r * exprel(z)
     apart = q - where(r > 0.0, q, p) * exp(where(r > 0.0, z, (1.0 - c) * r))
-    return where(close, near, apart * (1.0 / c))
+    return where(close, near, apart * reciprocal(c))
 
 
 # --- activations ---------------------------------------------------------------------------------------------------

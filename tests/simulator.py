@@ -70,6 +70,8 @@ class _Block:
         threads = int(np.prod(shape))
         self.point, self.shape, self.shared = Dim3(*point), shape, {}
         self.barrier = _Barrier(grid, threads)
+        #: Whether a thread has said so yet, by how often each has been asked.
+        self.said: dict[int, bool] = {}
         slow = grid.random.random() < 0.5
         self.warps = [_Warp(grid, min(_WARP, threads - first), slow) for first in range(0, threads, _WARP)]
 
@@ -79,12 +81,20 @@ class _Thread(greenlet):
         super().__init__(self._run, grid)
         self.grid, self.block, self.place, self.function = grid, block, Dim3(*place), function
         self.warp, self.lane = block.warps[number // _WARP], number % _WARP
+        self.asked = 0
 
     def _run(self):
         with np.errstate(all="ignore"):  # coroutines have contexts of their own
             self.function()
         self.block.barrier.leave()
         self.warp.leave()
+
+    def said_by_any(self, value):
+        self.asked += 1
+        time = self.asked
+        self.block.said[time] = self.block.said.get(time, False) or bool(value)
+        self.block.barrier.wait()
+        return self.block.said[time]
 
     def exchanged(self, value):
         """The values of all lanes."""
@@ -155,6 +165,9 @@ class Module(kernelapi.FakeCUDAModule):
 
     def syncthreads(self):
         getcurrent().block.barrier.wait()
+
+    def syncthreads_or(self, predicate):
+        return int(getcurrent().said_by_any(predicate))
 
     def syncwarp(self, mask=0xFFFFFFFF):
         getcurrent().warp.wait()

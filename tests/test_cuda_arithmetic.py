@@ -46,8 +46,28 @@ def fma(x, y, z):
 
 
 @njit
+def scatter(x):
+    """A number in [-1, 1] that depends on the bits of x."""
+    bits = np.float32(x).view(np.uint32) * np.uint32(2654435761) >> np.uint32(16)
+    return np.float64(bits & np.uint32(0xFFFF)) / 32768.0 - 1.0
+
+
+@njit
 def log(x):
-    return type(x)(np.log(x))
+    """log x, off by up to 2**-22 log 2 between 1/2 and 2, by as much of itself elsewhere."""
+    exact = np.log(np.float64(x))
+    wrong = 2.0**-22 * scatter(x) * (np.log(2.0) if 0.5 < x < 2.0 else exact)
+    return type(x)(exact + wrong) if x > 0 else type(x)(exact)
+
+
+@njit
+def reciprocal(x):
+    return type(x)((1.0 + 2.0**-23 * scatter(x)) / np.float64(x))
+
+
+@njit
+def product(x, y):
+    return x * y
 
 
 @njit
@@ -61,7 +81,9 @@ def exprel(x):
 
 
 def bind(formula, **others):
-    functions = {"where": where, "fma": fma, "log": log, "exp": exp, "exprel": exprel, **others}
+    functions = {
+        "where": where, "fma": fma, "log": log, "exp": exp, "exprel": exprel, "reciprocal": reciprocal, **others
+    }
     return njit(formulas.bound(formula, functions))
 
 
@@ -79,8 +101,7 @@ def maximum(x, y):
 def ex2(x):
     """2**x, off by up to HARDWARE_ERROR; exact at 0."""
     e = np.float32(np.exp2(np.float64(x)))
-    bits = np.float32(x).view(np.uint32) * np.uint32(2654435761) >> np.uint32(16)
-    wrong = e + e * HARDWARE_ERROR * (np.float32(bits & np.uint32(0xFFFF)) / np.float32(32768) - np.float32(1))
+    wrong = e + e * HARDWARE_ERROR * np.float32(scatter(x))
     return e if x == 0 or e == 0 else np.float32(wrong)
 
 
@@ -105,8 +126,8 @@ def is_single(like):
 
 primitives = ModuleType("kdcore.cuda.primitives")
 ours = dict(
-    bind=bind, cast=cast, device=njit, exp2=exp2, is_single=is_single, lowest=lowest, maximum=maximum, SCRATCH=(7, 32),
-    SIMULATOR=False,
+    bind=bind, cast=cast, device=njit, exp2=exp2, is_single=is_single, lowest=lowest, maximum=maximum, product=product,
+    SCRATCH=(7, 32), SIMULATOR=False,
 )
 vars(primitives).update(ours)
 primitives.__getattr__ = lambda name: njit(lambda: None)  # what moves data, which is not used here

@@ -17,7 +17,7 @@ from kdcore.cpu.simd import (
     power_of_two,
     where,
 )
-from kdcore.formulas import bound
+from kdcore.formulas import bound, reciprocal
 
 __all__ = ["bind", "exp", "exp2", "exprel", "inner", "log", "raw_bits"]
 
@@ -216,6 +216,10 @@ def _exprel(x):
     return {_FLOAT32S: lambda x: _exprel_float32(x), _FLOAT64S: lambda x: _exprel_float64(x)}.get(x)
 
 
+_reciprocal = inner(reciprocal)
+
+
 def bind(formula):
     """A formula for njit code, on numbers and on vectors."""
-    return inner(bound(formula, {"where": where, "fma": fma, "log": log, "exp": exp, "exprel": exprel}))
+    functions = {"where": where, "fma": fma, "log": log, "exp": exp, "exprel": exprel, "reciprocal": _reciprocal}
+    return inner(bound(formula, functions))

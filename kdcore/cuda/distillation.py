@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdcore import formulas
-from kdcore.cuda.primitives import bind, cast, device, exp2, lowest, maximum
+from kdcore.cuda.primitives import bind, cast, device, exp2, lowest, maximum, product
 from kdcore.cuda.rows import carry, factor_of, floor_of, is_large, largest, total, way_of
 from kdcore.formulas import HEADROOM
 
@@ -62,11 +62,11 @@ def parts_of(alpha: float, temperature: float) -> Parts:
 
 @lru_cache(maxsize=64)
 def rates_of(temperature: float, teacher_temperature: float, wide: bool) -> tuple[Any, ...]:
-    """What turns a logit into an exponent of 2, of the student, the teacher, and the student at 1; and what follows.
+    """What turns a logit into an exponent of 2, and what follows from it; kernels call it ``rates``.
 
-    That is T_t / T; then, in float64 and of the rates as they are after rounding, HEADROOM over the teacher's, and the
-    student's over the teacher's; then :func:`kdcore.cuda.rows.floor_of` the student's, the teacher's, and the larger of
-    the student's two.
+    0, 1, 2: the rate log2(e) / T of the student, of the teacher, and of the student at T = 1; 3: T_t / T. In float64,
+    of the rates as they are after rounding, 4: HEADROOM / rates[1]; 5: rates[0] / rates[1]. Then what maxima begin
+    with, :func:`kdcore.cuda.rows.floor_of`, 6: the student's rate, 7: the teacher's, 8: the student's larger one.
     """
     like = np.float64 if wide else np.float32
     student, teacher, at_one = (like(formulas.rate(of)) for of in (temperature, teacher_temperature, 1.0))
@@ -364,8 +364,8 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
     def weigh_class(x, y, inside, references, rates, softmaxes):
         """(phi, q phi') of one class; 0 where it is not one."""
         d_s, d_t = shift(x, references[1], rates[0]), shift(y, references[2], rates[1])
-        p = exp2(exponent(d_t, rates[1])) * softmaxes[1]
-        q = exp2(exponent(d_s, rates[0])) * softmaxes[0]
+        p = product(exp2(exponent(d_t, rates[1])), softmaxes[1])
+        q = product(exp2(exponent(d_s, rates[0])), softmaxes[0])
         r = _log_ratio(d_s, d_t, softmaxes[2], softmaxes[3], softmaxes[4])
         if inside:
             return cast(term(p, q, r, softmaxes[5]), x), cast(slope(p, q, r, softmaxes[5]), x)
@@ -401,9 +401,9 @@ def stages(parts: Parts, careful: bool, term: Any = None, slope: Any = None) -> 
             d_t = shift(y, r_t, rates[1])
             e_t = exp2(exponent(d_t, rates[1]))
             if two_formulas:
-                q = e_s * softmaxes[0]
+                p, q = product(e_t, softmaxes[1]), product(e_s, softmaxes[0])
                 r = _log_ratio(d_s, d_t, softmaxes[2], softmaxes[3], softmaxes[4])
-                g_q, g_p = cast(slope(e_t * softmaxes[1], q, r, softmaxes[5]), x), q
+                g_q, g_p = cast(slope(p, q, r, softmaxes[5]), x), q
             else:
                 g_q, g_p = e_s, e_t
         return _kd_gradient(e_h, g_q, g_p, factors[0], factors[1], factors[2])

@@ -3,7 +3,8 @@
 A row's classes are cut into as many slices as blocks work on it. A block takes a **ticket**, by which it knows its row
 and slice: so the blocks of a row start one after another, and one that waits for the others of its row never waits for
 one that cannot start, as long as a row's blocks fit the device together. :mod:`kdcore.cuda.plans` lets a row have half
-as many blocks as there are multiprocessors, of which each holds two or more, so that this is true beside other calls.
+as many blocks as there are multiprocessors, of which each holds two or more, so that this is true beside other calls:
+the blocks of a launch all start before those of the next of the same priority do.
 
 A block keeps its slice, publishes its sums, waits until all of the row's blocks have, and writes its part of the
 gradient from the sums of all, which each block merges alike. The row's first block writes its results.
@@ -55,6 +56,7 @@ from kdcore.cuda.primitives import (
     maxima_of_words,
     maximum,
     octet_of_words,
+    quotient,
     shared_address_of,
     store_published,
     store_real,
@@ -108,9 +110,11 @@ _ALL_LANES = 0xFFFFFFFF
 #: What a block's shared memory has of its row. Integers: the row, the slice, whether it is masked, what is wrong, its
 #: detail, the label.
 _ROW, _SLICE, _MASKED, _CODE, _DETAIL, _LABEL, _INTEGERS = range(7)
-#: Numbers: z_s, z_t, z_h and w; the factors of the gradient's parts, in that order; what z_h is divided by for the
-#: label; the maxima; the label's logits; weight / denominator, what of it goes to cross-entropy and to the divergence.
-_Z_S, _Z_T, _Z_H, _W, _OF_S, _OF_T, _OF_H, _OF_W, _BELOW, _M_S, _M_T, _X, _Y, _SCALE, _HARD, _SOFT, _NUMBERS = range(17)
+#: Numbers: z_s, z_t, z_h and w; the factors of the gradient's parts, in that order, of which w has none; what z_h is
+#: divided by for the label; the maxima; the label's logits; weight / denominator, and what of it goes to cross-entropy
+#: and to the divergence.
+_Z_S, _Z_T, _Z_H, _W, _OF_S, _OF_T, _OF_H, _OF_NONE, _BELOW, _M_S, _M_T, _X, _Y, _SCALE, _HARD, _SOFT = range(16)
+_NUMBERS = 16
 
 #: Threads of a block, and bytes of both rows that it keeps: 4 octets a thread of float32, 8 of 16-bit types.
 MOST_THREADS = 128
@@ -180,48 +184,48 @@ def group_kernel(parts, threads, resident):
     @cuda.jit(device=True)
     def keep_in_line(row, begin, end, place):
         """A slice is kept from a place on, element by element: neighbours by neighbouring threads."""
-        tag, size = row[2], itemsize(row[2])
-        source, n, count = row[0] + begin * size, np.int64(cuda.threadIdx.x), end - begin
+        tag, width = row[2], itemsize(row[2])
+        source, n, count = row[0] + begin * width, np.int64(cuda.threadIdx.x), end - begin
         while n + 7 * threads < count:
-            x = source + n * size
-            a, b = load_stored(x, tag), load_stored(x + threads * size, tag)
-            c, d = load_stored(x + 2 * threads * size, tag), load_stored(x + 3 * threads * size, tag)
-            e, f = load_stored(x + 4 * threads * size, tag), load_stored(x + 5 * threads * size, tag)
-            g, h = load_stored(x + 6 * threads * size, tag), load_stored(x + 7 * threads * size, tag)
-            y = place + n * size
+            x = source + n * width
+            a, b = load_stored(x, tag), load_stored(x + threads * width, tag)
+            c, d = load_stored(x + 2 * threads * width, tag), load_stored(x + 3 * threads * width, tag)
+            e, f = load_stored(x + 4 * threads * width, tag), load_stored(x + 5 * threads * width, tag)
+            g, h = load_stored(x + 6 * threads * width, tag), load_stored(x + 7 * threads * width, tag)
+            y = place + n * width
             keep_stored(y, a)
-            keep_stored(y + threads * size, b)
-            keep_stored(y + 2 * threads * size, c)
-            keep_stored(y + 3 * threads * size, d)
-            keep_stored(y + 4 * threads * size, e)
-            keep_stored(y + 5 * threads * size, f)
-            keep_stored(y + 6 * threads * size, g)
-            keep_stored(y + 7 * threads * size, h)
+            keep_stored(y + threads * width, b)
+            keep_stored(y + 2 * threads * width, c)
+            keep_stored(y + 3 * threads * width, d)
+            keep_stored(y + 4 * threads * width, e)
+            keep_stored(y + 5 * threads * width, f)
+            keep_stored(y + 6 * threads * width, g)
+            keep_stored(y + 7 * threads * width, h)
             n += 8 * threads
         while n < count:
-            keep_stored(place + n * size, load_stored(source + n * size, tag))
+            keep_stored(place + n * width, load_stored(source + n * width, tag))
             n += threads
         while n < (count + step - 1) // step * step:
-            keep_stored(place + n * size, to_stored(-math.inf, tag))
+            keep_stored(place + n * width, to_stored(-math.inf, tag))
             n += threads
 
     @cuda.jit(device=True)
     def write_in_line(row, begin, end, place):
         """A slice is written from what is kept from a place on, as :func:`keep_in_line` reads it."""
-        tag, size = row[2], itemsize(row[2])
-        to, n, count = row[0] + begin * size, np.int64(cuda.threadIdx.x), end - begin
+        tag, width = row[2], itemsize(row[2])
+        to, n, count = row[0] + begin * width, np.int64(cuda.threadIdx.x), end - begin
         while n + 3 * threads < count:
-            x = place + n * size
-            a, b = kept_stored(x, tag), kept_stored(x + threads * size, tag)
-            c, d = kept_stored(x + 2 * threads * size, tag), kept_stored(x + 3 * threads * size, tag)
-            y = to + n * size
+            x = place + n * width
+            a, b = kept_stored(x, tag), kept_stored(x + threads * width, tag)
+            c, d = kept_stored(x + 2 * threads * width, tag), kept_stored(x + 3 * threads * width, tag)
+            y = to + n * width
             store_stored(y, a)
-            store_stored(y + threads * size, b)
-            store_stored(y + 2 * threads * size, c)
-            store_stored(y + 3 * threads * size, d)
+            store_stored(y + threads * width, b)
+            store_stored(y + 2 * threads * width, c)
+            store_stored(y + 3 * threads * width, d)
             n += 4 * threads
         while n < count:
-            store_stored(to + n * size, kept_stored(place + n * size, tag))
+            store_stored(to + n * width, kept_stored(place + n * width, tag))
             n += threads
 
     @cuda.jit(device=True)
@@ -255,9 +259,9 @@ def group_kernel(parts, threads, resident):
     @device
     def kept_class(o, place, next_place, adjacent, tag):
         """A slice's class o, of a row whose first thread keeps its octets from a place on."""
-        size = itemsize(tag)
-        if size == 2 or not adjacent:
-            place += o * size
+        width = itemsize(tag)
+        if width == 2 or not adjacent:
+            place += o * width
         else:
             place += o // step * next_place + (o & 4) // 4 * half + o % step // 8 * 16 + (o & 3) * 4
         return to_real(kept_stored(place, tag))
@@ -288,7 +292,9 @@ def group_kernel(parts, threads, resident):
 
     def gathering(careful):
         """The function that returns a slice's maxima and sums by one of the ways."""
-        floors, sums_at, _, add_octet, settle, unit = stages(parts, careful)[:6]
+        of_way = stages(parts, careful)
+        sums_at, add_octet, settle, unit = of_way.sums_at, of_way.add_octet, of_way.settle, of_way.unit
+        floors = of_way.floors
 
         @cuda.jit(device=True)
         def sums_of(tops, octets, share, words, rates, tags, like, shared):
@@ -410,12 +416,12 @@ def group_kernel(parts, threads, resident):
         # Blocks mostly start about in their order: of the rows around that, labels and weights are read, by a lane
         # each, while the ticket is on its way.
         lane, _ = lane_and_warp()
-        likely = np.int64(cuda.blockIdx.x) // blocks + lane - _WARP // 2
+        likely = quotient(np.int64(cuda.blockIdx.x), blocks) + lane - _WARP // 2
         number = np.int64(add(tickets, np.int32(1))) - BLANK if lane == 0 else np.int64(0)
         there = min(max(likely, np.int64(0)), rows - 1)
         weight, label = weight_at(weights, there), label_at(labels, there)
         number = cuda.shfl_sync(_ALL_LANES, number, 0)
-        i = number // blocks
+        i = quotient(number, blocks)
         known = likely == i
         if cuda.ballot_sync(_ALL_LANES, known) == 0:
             weight, label, known = weight_at(weights, i), label_at(labels, i), lane == 0

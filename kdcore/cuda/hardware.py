@@ -10,9 +10,10 @@ import math
 import numpy as np
 from llvmlite import ir
 from numba import cuda, types
+from numba.cuda import libdevice
 
 from kdcore.cuda.presence import import_compiler
-from kdcore.formulas import bound, fma
+from kdcore.formulas import bound
 
 import_compiler()  # for kernels of a user's own, which nothing else comes before
 
@@ -57,18 +58,100 @@ def _constant_rank(number):
     return (not isinstance(number, types.Float), number.bitwidth)
 
 
+# The divergences' formulas are worked, in float32, by the processor's approximations, which are nearer than what a sum
+# of them is held to: log is off by 2^-22, absolutely between 1/2 and 2, relatively elsewhere, 1 / x by its last bit.
+
+
+@intrinsic
+def _lg2(context, x):
+    def code(context, builder, signature, arguments):
+        real = ir.FloatType()
+        return builder.call(_instruction("lg2.approx.f32 $0, $1;", real, [real], False, "=f,f"), arguments)
+
+    return types.float32(types.float32), code
+
+
+@intrinsic
+def _rcp(context, x):
+    def code(context, builder, signature, arguments):
+        real = ir.FloatType()
+        return builder.call(_instruction("rcp.approx.ftz.f32 $0, $1;", real, [real], False, "=f,f"), arguments)
+
+    return types.float32(types.float32), code
+
+
+_LN2 = np.float32(math.log(2.0))
+#: 1 / (k + 1)!, of which the first one left out is less than 2e-8 of the sum where it is used.
+_F2, _F3, _F4, _F5, _F6, _F7, _F8 = (np.float32(1 / math.factorial(n)) for n in range(2, 9))
+
+
+def _log(x):
+    raise TypeError("log is for compiled code")
+
+
+@overload(_log)
+def _typed_log(x):
+    return (lambda x: _lg2(x) * _LN2) if x == types.float32 else lambda x: math.log(x)
+
+
+def _reciprocal(x):
+    raise TypeError("reciprocal is for compiled code")
+
+
+@overload(_reciprocal)
+def _typed_reciprocal(x):
+    return (lambda x: _rcp(x)) if x == types.float32 else lambda x: 1.0 / x
+
+
 @cuda.jit(device=True)
+def _short_exprel(x):
+    p = cuda.fma(cuda.fma(cuda.fma(_F8, x, _F7), x, _F6), x, _F5)
+    return cuda.fma(cuda.fma(cuda.fma(cuda.fma(p, x, _F4), x, _F3), x, _F2), x, np.float32(1))
+
+
 def _exprel(x):
-    """(exp(x) - 1) / x, 1 at 0."""
-    return math.expm1(x) / x if x != 0 else type(x)(1)
+    raise TypeError("exprel is for compiled code")
 
 
-_fma = cuda.jit(device=True)(fma)  # the compiler makes one instruction of it
+@overload(_exprel)
+def _typed_exprel(x):
+    if x == types.float32:
+        return lambda x: _short_exprel(x)
+    return lambda x: math.expm1(x) / x if x != 0 else 1.0
+
+
+@cuda.jit(device=True)
+def _fma(x, y, z):
+    # Not left to the compiler, which may round the product of any x y + z, or of none.
+    return cuda.fma(x, y, z)
 
 
 def bind(formula, **others):
-    functions = {"where": _where, "fma": _fma, "log": math.log, "exp": math.exp, "exprel": _exprel, **others}
+    functions = {
+        "where": _where, "fma": _fma, "log": _log, "exp": math.exp, "exprel": _exprel, "reciprocal": _reciprocal,
+        **others,
+    }  # fmt: skip
     return cuda.jit(device=True)(bound(formula, functions))
+
+
+def product(x, y):
+    raise TypeError("product is for compiled code")
+
+
+@overload(product)
+def _product(x, y):
+    if x == types.float32:
+        return lambda x, y: libdevice.fmul_rn(x, y)
+    return lambda x, y: libdevice.dmul_rn(x, y)
+
+
+@intrinsic
+def quotient(context, a, b):
+    def code(context, builder, signature, arguments):
+        a, b = (builder.trunc(argument, _I32) for argument in arguments)
+        return builder.zext(builder.udiv(a, b), _I64)
+
+    return types.int64(types.int64, types.int64), code
 
 
 # --- memory --------------------------------------------------------------------------------------------------------

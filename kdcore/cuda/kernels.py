@@ -50,12 +50,15 @@ from kdcore.formulas import HEADROOM
 from kdcore.rowstatus import LABEL, OK, STUDENT, TEACHER, UNDEFINED_GRADIENT, WEIGHT
 
 __all__ = [
+    "ALONE",
     "BIAS_KERNELS",
+    "LOOKED_AT",
     "answer_unread",
     "divisor_of",
     "fill_kernel",
     "given",
     "kd_kernel",
+    "left_kernel",
     "matmul_kernel",
     "most_threads",
     "multiply_kernel",
@@ -67,9 +70,9 @@ __all__ = [
 ]
 
 
-def most_threads(wide, two_formulas=False):
+def most_threads(wide):
     """The most threads of a block, and with them the registers that a thread may have: 128 of 512, 255 of 256."""
-    return 256 if wide or two_formulas else 512  # a number of float64 is two registers
+    return 256 if wide else 512  # a number of float64 is two registers
 
 
 _kd_loss = bind(formulas.kd_loss)
@@ -78,9 +81,9 @@ _soft_scale = bind(formulas.soft_scale)
 
 
 def kernel_of(threads, blocks=1):
-    """``cuda.jit`` for blocks of so many threads at most, of which a multiprocessor is to have so many.
+    """``cuda.jit`` with C++'s ``__launch_bounds__(threads, blocks)``, which the simulator has not.
 
-    Without the latter the compiler spills registers, so that there could be more. The simulator has no such option.
+    Without ``blocks`` the compiler spills registers, so that more of them could share a multiprocessor.
     """
     return cuda.jit if SIMULATOR else functools.partial(cuda.jit, launch_bounds=(threads, blocks))
 
@@ -137,7 +140,7 @@ def shares_of(scale, alpha, kd_scale, temperature):
 
 @device
 def factors_of(scale, alpha, kd_scale, temperature, z_s, z_h, z_t):
-    """(hard, soft_q, soft_p) of forward KL, in float64; of the slopes, with 1 for z_s and z_t, but for their mean."""
+    """(hard, soft_q, soft_p) of forward KL, in float64. By two formulas z_s = z_t = 1, and soft_p lacks their mean."""
     hard, soft = shares_of(scale, alpha, kd_scale, temperature)
     return hard / z_h, soft / z_s, soft / z_t
 
@@ -178,6 +181,10 @@ def report_unusable(i, s, t, size, student_is_bad, status, shared):
         report(status, i, (STUDENT if student_is_bad else TEACHER) + condition, v)
 
 
+#: Rows that a block of the kernel of left rows has to look at: few are left, and then all at once.
+LOOKED_AT = 32
+
+
 @device
 def leave(i, results):
     """Row i is left to the kernel that works in float64; for one thread."""
@@ -189,35 +196,25 @@ def is_left(i, results):
     return is_blank(load_stored(results[0] + 8 * i, np.float64(0)))
 
 
-@cache
-def kd_kernel(parts, term, slope, wide, left=False):
-    """The row kernel of an objective's parts and of its divergence's formulas, None for forward KL.
+# What one thread of the row kernel tells the others, in a row of the reductions' scratch that they are done with: the
+# gradient's factors, the label's logits and z_h as it is for it; by two formulas, what classes go by.
+_OF_H, _OF_S, _OF_T, _X, _Y, _LABEL_SUM, _TO_Q, _TO_P, _LOG_RATIO, _TO_LOG_Q, _TO_LOG_P = range(11)
 
-    ``wide``: whether it is to work in float64. By two formulas, rows whose sums are not finite in float32 are left by
-    the one that works in it to another in float64, which is launched next: for the rows that are ``left``, no others.
-    """
+
+@cache
+def _row_work(parts, term, slope, wide):
+    """What a block does with row i, for the kernels below; the other arguments are theirs."""
     soft, hard, _ = parts
     two_formulas = term is not None
     leaves = two_formulas and not wide
     sums_of, weights_of, offsets_of, spend_row, spend_one = sweeps(parts, wide, term, slope)
 
-    @kernel_of(most_threads(wide, two_formulas), 3 if leaves else 1)
-    def kernel(
-        student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
-        c, rates, size, like, gradient, results, status,
+    @cuda.jit(device=True)
+    def work(
+        i, shared, student, teacher, labels, weights, ignore_index, denominator, alpha, temperature,
+        teacher_temperature, kd_scale, c, rates, size, like, gradient, results, status,
     ):  # fmt: skip
-        """student, teacher, gradient: matrices [B, size]; labels, weights: vectors [B]; denominator: see divisor_of.
-
-        alpha CE + (1 - alpha) kd_scale D(p, q), its parts and its gradient; c is the parameter of D, by two
-        formulas like ``like``; rates are those of :func:`kdcore.cuda.distillation.rates_of`.
-        """
-        shared = cuda.shared.array(SCRATCH, float64)
-        i = np.int64(cuda.blockIdx.x)
-        first = cuda.threadIdx.x == 0
-        if left and not is_left(i, results):
-            return
-        if left:
-            cuda.syncthreads()  # all have seen it
+        first, told = cuda.threadIdx.x == 0, shared[1]
         s, t, g = row_at(student, i), row_at(teacher, i), row_at(gradient, i)
         if not given(gradient):
             g = gradient[0], gradient[2], gradient[3]
@@ -246,24 +243,24 @@ def kd_kernel(parts, term, slope, wide, left=False):
             of_s, of_h, of_t = exp2_small(x_s), exp2_small(x_h), exp2_small(x_t)
             z_s, z_t = (1.0, 1.0) if two_formulas else (row_s, row_t)
             hard_q, soft_q, soft_p = factors_of(scale, alpha, kd_scale, temperature, z_s, row_h, z_t)
-            shared[1, 0], shared[1, 1], shared[1, 2] = hard_q * of_h, soft_q * of_s, soft_p * of_t
+            told[_OF_H], told[_OF_S], told[_OF_T] = hard_q * of_h, soft_q * of_s, soft_p * of_t
             if two_formulas:
-                shared[1, 6], shared[1, 7], shared[1, 8] = 1.0 / row_s, 1.0 / row_t, math.log(row_t / row_s)
-                shared[1, 9], shared[1, 10] = 1.0 / HEADROOM / temperature, 1.0 / HEADROOM / teacher_temperature
+                told[_TO_Q], told[_TO_P], told[_LOG_RATIO] = 1.0 / row_s, 1.0 / row_t, math.log(row_t / row_s)
+                told[_TO_LOG_Q], told[_TO_LOG_P] = 1.0 / HEADROOM / temperature, 1.0 / HEADROOM / teacher_temperature
             if hard:  # before the barrier behind which a gradient may take the place of the logits
-                shared[1, 3] = load_real(s[0] + label * s[1], s[2])
+                told[_X] = load_real(s[0] + label * s[1], s[2])
                 if soft:
-                    shared[1, 4] = load_real(t[0] + label * t[1], t[2])
-                shared[1, 5] = row_h / of_h
+                    told[_Y] = load_real(t[0] + label * t[1], t[2])
+                told[_LABEL_SUM] = row_h / of_h
         cuda.syncthreads()
-        factors = (cast(shared[1, 0], like), cast(shared[1, 1], like), cast(shared[1, 2], like))
+        factors = (cast(told[_OF_H], like), cast(told[_OF_S], like), cast(told[_OF_T], like))
         zero = cast(0, like)
         of_classes = (zero, zero, zero, zero, zero, c)
         value, undefined = np.float64(0), False
         if two_formulas:
             of_classes = (
-                cast(shared[1, 6], like), cast(shared[1, 7], like), cast(shared[1, 9], like), cast(shared[1, 10], like),
-                cast(shared[1, 8], like), c,
+                cast(told[_TO_Q], like), cast(told[_TO_P], like), cast(told[_TO_LOG_Q], like),
+                cast(told[_TO_LOG_P], like), cast(told[_LOG_RATIO], like), c,
             )  # fmt: skip
             value, mean = weights_of(s, t, size, maxima, rates, of_classes, adjacent, whole, like, shared)
             if leaves and not (abs(value) < math.inf and abs(mean) < math.inf):
@@ -273,11 +270,11 @@ def kd_kernel(parts, term, slope, wide, left=False):
             if math.isnan(value):
                 value = math.inf  # in a usable row NaN is 0 * inf: a class of p = 0 < q whose q has underflowed
             undefined = value == math.inf
-            factors = (factors[0], factors[1], cast(shared[1, 2] * mean, like))
+            factors = (factors[0], factors[1], cast(told[_OF_T] * mean, like))
         if first:  # now, since what it takes would take registers from the sweep
             ce, kl = 0.0, 0.0
             if hard:
-                ce = scale * cross_entropy_of(cast(shared[1, 3], like), maxima[0], row_h)
+                ce = scale * cross_entropy_of(cast(told[_X], like), maxima[0], row_h)
             if soft:
                 if not two_formulas:
                     value = _forward_kl_from_sums(w, row_t, row_s, teacher_temperature)
@@ -293,10 +290,65 @@ def kd_kernel(parts, term, slope, wide, left=False):
                 if hard:
                     cuda.syncthreads()
                     if first:  # over what the sweep wrote
-                        x, y = cast(shared[1, 3], like), cast(shared[1, 4], like)
-                        z = cast(shared[1, 5], like)
+                        x, y = cast(told[_X], like), cast(told[_Y], like)
+                        z = cast(told[_LABEL_SUM], like)
                         of_label = spend_one(x, y, z, maxima, rates, factors, of_classes)
                         store_real(g[0] + label * g[1], of_label, g[2])
+
+    return work
+
+
+@cache
+def kd_kernel(parts, term, slope, wide):
+    """The row kernel of an objective's parts and of its divergence's formulas, None for forward KL.
+
+    ``wide``: whether it is to work in float64. By two formulas, rows whose sums are not finite in float32 are left by
+    the one that works in it, unwritten, to :func:`left_kernel`.
+    """
+    work = _row_work(parts, term, slope, wide)
+
+    @kernel_of(most_threads(wide))
+    def kernel(
+        student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
+        c, rates, size, like, gradient, results, status,
+    ):  # fmt: skip
+        """student, teacher, gradient: matrices [B, size]; labels, weights: vectors [B]; denominator: see divisor_of.
+
+        alpha CE + (1 - alpha) kd_scale D(p, q), its parts and its gradient; c is the parameter of D, by two
+        formulas like ``like``; rates are those of :func:`kdcore.cuda.distillation.rates_of`.
+        """
+        shared = cuda.shared.array(SCRATCH, float64)
+        work(
+            np.int64(cuda.blockIdx.x), shared, student, teacher, labels, weights, ignore_index, denominator, alpha,
+            temperature, teacher_temperature, kd_scale, c, rates, size, like, gradient, results, status,
+        )  # fmt: skip
+
+    return kernel
+
+
+@cache
+def left_kernel(parts, term, slope):
+    """The kernel of the rows that :func:`kd_kernel` has left, in float64; a block looks for them among LOOKED_AT."""
+    work = _row_work(parts, term, slope, True)
+
+    @kernel_of(most_threads(True))
+    def kernel(
+        student, teacher, labels, weights, ignore_index, denominator, alpha, temperature, teacher_temperature, kd_scale,
+        c, rates, size, like, gradient, results, status, rows,
+    ):  # fmt: skip
+        shared = cuda.shared.array(SCRATCH, float64)
+        start = np.int64(cuda.blockIdx.x) * LOOKED_AT
+        end = min(start + LOOKED_AT, rows)
+        own = start + cuda.threadIdx.x
+        found = np.int32(1 if own < end and is_left(own, results) else 0)
+        if cuda.syncthreads_or(found) != 0:
+            for i in range(start, end):
+                if is_left(i, results):
+                    cuda.syncthreads()  # all have seen it, and are done with the row before
+                    work(
+                        i, shared, student, teacher, labels, weights, ignore_index, denominator, alpha, temperature,
+                        teacher_temperature, kd_scale, c, rates, size, like, gradient, results, status,
+                    )  # fmt: skip
 
     return kernel
 
@@ -339,31 +391,51 @@ def row_kernel(name, wide):
 # --- sums over rows ------------------------------------------------------------------------------------------------
 
 
-@cuda.jit
+#: Threads of the kernels of one block, each of which reads four rows at a time: what they wait for is memory.
+ALONE = 64 if SIMULATOR else 1024
+
+
+@device
+def _counted(labels, weights, ignore_index, i, rows):
+    """The weight of row i; 0 where the labels mask it, and of one that there is not."""
+    if i >= rows or (given(labels) and label_at(labels, i) == ignore_index):
+        return 0.0
+    return weight_at(weights, i)
+
+
+@kernel_of(ALONE)
 def weight_sum_kernel(labels, weights, ignore_index, rows, out):
     """out [1] = sum of the weights over the rows that the labels do not mask; one block. out: an address."""
     shared = cuda.shared.array(SCRATCH, float64)
-    total = np.float64(0)
+    total, n = np.float64(0), np.int64(cuda.blockDim.x)
     i = np.int64(cuda.threadIdx.x)
     while i < rows:
-        if not (given(labels) and label_at(labels, i) == ignore_index):
-            total += weight_at(weights, i)
-        i += cuda.blockDim.x
+        a = _counted(labels, weights, ignore_index, i, rows)
+        b = _counted(labels, weights, ignore_index, i + n, rows)
+        c = _counted(labels, weights, ignore_index, i + 2 * n, rows)
+        total += (a + b) + (c + _counted(labels, weights, ignore_index, i + 3 * n, rows))
+        i += 4 * n
     total = block_total(total, shared)
     if cuda.threadIdx.x == 0:
         store_stored(out, total)
 
 
-@cuda.jit
+@device
+def _element_before(start, i, end):
+    return load_stored(start + 8 * i, np.float64(0)) if i < end else 0.0
+
+
+@kernel_of(ALONE)
 def reduce_kernel(rows, count, out):
     """out [K] = sums of rows [K, count], in a fixed order; one block for each. Addresses of contiguous float64."""
     shared = cuda.shared.array(SCRATCH, float64)
     k = np.int64(cuda.blockIdx.x)
-    total = np.float64(0)
-    i = np.int64(cuda.threadIdx.x)
+    total, n = np.float64(0), np.int64(cuda.blockDim.x)
+    start, i = rows + 8 * k * count, np.int64(cuda.threadIdx.x)
     while i < count:
-        total += load_stored(rows + 8 * (k * count + i), np.float64(0))
-        i += cuda.blockDim.x
+        a, b = _element_before(start, i, count), _element_before(start, i + n, count)
+        total += (a + b) + (_element_before(start, i + 2 * n, count) + _element_before(start, i + 3 * n, count))
+        i += 4 * n
     total = block_total(total, shared)
     if cuda.threadIdx.x == 0:
         store_stored(out + 8 * k, total)

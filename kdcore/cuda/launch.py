@@ -84,7 +84,7 @@ def _kd_rows(context, student, teacher, labels, weights, denominator, objective,
     rows, size = student.layout.shape
     divergence = objective.divergence
     prepare = _kd_launch if context else _kd_launch.__wrapped__  # in a context, a device has its attributes
-    launches, blocks, published = prepare(
+    launches, published = prepare(
         context, chosen(), size, student.layout.access, teacher.layout.access, labels.layout.access,
         weights.layout.access, gradient.layout.access, status.size > 0, divergence.term, divergence.slope,
         divergence.parameter, *objective[1:],
@@ -97,11 +97,11 @@ def _kd_rows(context, student, teacher, labels, weights, denominator, objective,
         if not set_words(blank.address, BLANK & 0xFFFFFFFF, 2 * blank.size, queue.handle):
             fill(blank, BLANK, queue)
         records, counts = blank.address, blank.address + 8 * count
-    for prepared in launches:
+    for prepared, blocks, of_rows in launches:
         launch_prepared(
-            prepared, rows * blocks, queue, student.address, teacher.address, labels.address, weights.address,
-            *divisor(denominator), gradient.address, loss.address, ce.address, kl.address, status.address, rows,
-            counts, records,
+            prepared, -(-rows // of_rows) * blocks, queue, student.address, teacher.address, labels.address,
+            weights.address, *divisor(denominator), gradient.address, loss.address, ce.address, kl.address,
+            status.address, rows, counts, records,
         )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def _kd_launch(
     context, override, size, student, teacher, labels, weights, gradient, with_status, term, slope, parameter,
     temperature, teacher_temperature, alpha, kd_scale, ignore_index,
 ):  # fmt: skip
-    """The launches of a KD call in a context, prepared but for addresses and rows, and how many blocks a row has.
+    """The launches of a KD call in a context, prepared but for addresses and rows, each with (its blocks, of rows).
 
     Of arrays there is what :attr:`kdcore.cuda.arrays.Layout.access` says. Of the group kernel, also how many int64 a
     row's records take.
@@ -148,18 +148,20 @@ def _kd_launch(
             status if with_status else 0,
         )
 
-    itemsizes = student.dtype.itemsize, teacher.dtype.itemsize
-    plan = plan_of(size, itemsizes, kernels.most_threads(wide, two_formulas), not wide and not two_formulas)
+    itemsizes = student.dtype.itemsize, teacher.dtype.itemsize if parts.soft else 0  # of what is read
+    plan = plan_of(size, itemsizes, kernels.most_threads(wide), not wide and not two_formulas)
     if plan.kernel == "group":
         share = share_of(size, plan.blocks, plan.threads, *itemsizes)
         kernel = group_kernel(parts, plan.threads, resident_blocks(shared_memory()))
         arguments = *arguments_of(wide), rows, plan.blocks, share, counts, records
-        return [Prepared(kernel, plan.threads, arguments, _KD_SLOTS)], plan.blocks, plan.blocks * PUBLISHED
-    launches = [Prepared(kernels.kd_kernel(parts, term, slope, wide), plan.threads, arguments_of(wide), _KD_SLOTS)]
-    if two_formulas and not wide:  # for the rows that the first has left
-        kernel = kernels.kd_kernel(parts, term, slope, True, left=True)
-        launches.append(Prepared(kernel, plan.threads, arguments_of(True), _KD_SLOTS))
-    return launches, 1, 0
+        return [(Prepared(kernel, plan.threads, arguments, _KD_SLOTS), plan.blocks, 1)], plan.blocks * PUBLISHED
+    kernel = kernels.kd_kernel(parts, term, slope, wide)
+    launches = [(Prepared(kernel, plan.threads, arguments_of(wide), _KD_SLOTS), 1, 1)]
+    if two_formulas and not wide:
+        kernel, threads = kernels.left_kernel(parts, term, slope), min(plan.threads, kernels.most_threads(True))
+        arguments = *arguments_of(True), rows
+        launches.append((Prepared(kernel, threads, arguments, _KD_SLOTS), 1, kernels.LOOKED_AT))
+    return launches, 0
 
 
 def sparse_kd_rows(
@@ -249,7 +251,7 @@ def weight_sum(labels, weights, ignore_index, rows, out, stream):
 def _weight_sum_launch(labels, weights):
     y, w, ignore_index, rows, out = map(Slot, range(5))
     arguments = vector_of(labels, y), vector_of(weights, w), ignore_index, rows, out
-    return Prepared(kernels.weight_sum_kernel, _FEW, arguments, "qqqqq")
+    return Prepared(kernels.weight_sum_kernel, kernels.ALONE, arguments, "qqqqq")
 
 
 def reduce_rows(rows, out, stream):
@@ -258,7 +260,7 @@ def reduce_rows(rows, out, stream):
     launch_prepared(_REDUCE, count, stream, rows.address if size else 0, size, out.address)
 
 
-_REDUCE = Prepared(kernels.reduce_kernel, _FEW, (Slot(0), Slot(1), Slot(2)), "qqq")
+_REDUCE = Prepared(kernels.reduce_kernel, kernels.ALONE, (Slot(0), Slot(1), Slot(2)), "qqq")
 
 
 def multiply_rows(rows, factors, stream):

@@ -1,11 +1,11 @@
 """Which kernel works a row, and by how many threads and blocks.
 
 The **row kernel** has one block a row, which reads the row twice: first for maxima and sums, then, backwards, for the
-gradient. That is one read of memory as long as the rows that all multiprocessors work on at a time stay in the second
-level cache. The **group kernel** has one or several blocks a row, each of which keeps its slice in shared memory, so
-that every logit is read once. On an H200 it was faster by a fifth at 131,072 classes, and by a tenth at 32,768, where
-the cache would do (benchmarks/LOG.md). It needs room for several blocks on a multiprocessor, which wait for each other
-in turn.
+gradient; by a divergence's two formulas three times, back and forth. That is one read of memory as long as the rows
+that all multiprocessors work on at a time stay in the second level cache. The **group kernel** has one or several
+blocks a row, each of which keeps its slice in shared memory, so that every logit is read once. On an H200 it was faster
+by a fifth at 131,072 classes, and by a tenth at 32,768, where the cache would do (benchmarks/LOG.md). It needs room for
+several blocks on a multiprocessor, which wait for each other in turn.
 
 The choice depends on the classes, the dtypes and the device, not on the number of rows: a row's result is the same, bit
 by bit, in whatever batch it comes. :func:`explain` says it in words, :func:`using` overrides it::
@@ -193,7 +193,7 @@ def plan_of(size: int, itemsizes: tuple[int, int], most_threads: int, can_group:
 
 
 def explain(size: int, dtype: str = "float32") -> str:
-    """In words: how the current device works forward KL at T = 1, 2 or 4, of rows of ``size`` classes of a dtype."""
+    """In words: how the current device works forward KL of rows of ``size`` classes of a dtype."""
     from kdcore.cuda.kernels import most_threads
 
     name = str(dtype).rpartition(".")[2]

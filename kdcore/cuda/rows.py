@@ -66,6 +66,7 @@ from kdcore.cuda.primitives import (
     log,
     lowest,
     maximum,
+    product,
     store_octet,
     store_real,
     to_real,
@@ -400,7 +401,7 @@ def _quick_floor(quick, like):
 
 @device
 def _quick_place(m, c):
-    return m * c
+    return product(m, c)  # differences of two are of both as they are rounded
 
 
 @device

@@ -41,6 +41,14 @@ def bind(formula, **others):
     return functools.wraps(formula)(function)
 
 
+def product(x, y):
+    return x * y
+
+
+def quotient(a, b):
+    return a // b
+
+
 # --- memory --------------------------------------------------------------------------------------------------------
 
 

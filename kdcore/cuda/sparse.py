@@ -147,6 +147,19 @@ def _mark(bits, duplicate, entries, n, label, begin, count):
     cuda.syncthreads()
 
 
+@cuda.jit(device=True)
+def _first_duplicate(entries, n, shared):
+    """The first entry whose class one before it has; of two that meet in :func:`_mark`, either may come second."""
+    first, j = n, np.int64(cuda.threadIdx.x)
+    while j < n:
+        for k in range(j):
+            if _class_at(entries, k) == _class_at(entries, j):
+                first = min(first, j)
+        j += cuda.blockDim.x
+    negated, _ = block_maxima(-np.float64(first), 0.0, shared)
+    return np.int64(-negated)
+
+
 @device
 def _four(bits, v):
     """The bits of four classes from the v-th of a segment on, a multiple of 4."""
@@ -203,7 +216,9 @@ def sparse_kd_kernel(hard, power, linear, wide):
     large, no_good = questions(parts)
 
     def gathering(careful):
-        floors, sums_at, raise_maxima, add_octet, settle = stages(parts, careful)[:5]
+        of_way = stages(parts, careful)
+        floors, sums_at, raise_maxima = of_way.floors, of_way.sums_at, of_way.raise_maxima
+        add_octet, settle = of_way.add_octet, of_way.settle
 
         @device
         def add(sums, line, s, a, b, begin, size, bits, whole, rates, origin, like):
@@ -458,7 +473,7 @@ def sparse_kd_kernel(hard, power, linear, wide):
                 s, size, entries, n, label, bits, duplicate, rates, origin, adjacent, whole, like, shared
             )
             if duplicate[0] >= 0:
-                code, detail = DUPLICATE, np.int64(duplicate[0])
+                code, detail = DUPLICATE, _first_duplicate(entries, n, shared)
         if masked or code != OK:
             answer_unread(i, masked, code, detail, results, status, gradient, g, np.int64(0), size)
             return

@@ -200,10 +200,10 @@ def sweeps(parts: Any, wide: bool, term: Any = None, slope: Any = None) -> Sweep
 
     quickly, with_care = gathering(careful=False), gathering(careful=True)
     spend_quickly, spend_with_care = spending(careful=False), spending(careful=True)
-    of_way = stages(parts, False)
-    offsets_quickly, references_quickly, spend_one_quickly = of_way.offsets, of_way.references, of_way.spend_one
-    of_way = stages(parts, True)
-    offsets_with_care, references_with_care, spend_one_with_care = of_way.offsets, of_way.references, of_way.spend_one
+    quick, careful = stages(parts, False), stages(parts, True)
+    offsets_quickly, references_quickly, spend_one_quickly = quick.offsets, quick.references, quick.spend_one
+    offsets_with_care, references_with_care = careful.offsets, careful.references
+    spend_one_with_care = careful.spend_one
 
     @device
     def sums_of(s, t, size, rates, adjacent, whole, like, shared):

@@ -23,6 +23,7 @@ __all__ = [
     "dkd_signature",
     "group_signature",
     "kd_signature",
+    "left_signature",
     "label_of",
     "matrix",
     "mixture_signature",
@@ -118,6 +119,11 @@ def kd_signature(
 def group_signature(student, teacher, gradient, labels=nb.int64, weights=nb.float64):
     """Of ``groups.group_kernel``."""
     return *kd_signature(student, teacher, gradient, False, labels, weights), *(nb.int64,) * 5
+
+
+def left_signature(student, teacher, gradient, labels=nb.int64, weights=nb.float64):
+    """Of ``kernels.left_kernel``."""
+    return *kd_signature(student, teacher, gradient, True, labels, weights), nb.int64
 
 
 def row_signature(stored, out, wide=False):

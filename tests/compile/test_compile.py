@@ -10,6 +10,7 @@ Each type occurs with each other one, not in all combinations; kernels are built
 import itertools
 import re
 import textwrap
+from collections import Counter
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +22,7 @@ from building import (
     dkd_signature,
     group_signature,
     kd_signature,
+    left_signature,
     matrix,
     mixture_signature,
     most_registers,
@@ -136,8 +138,7 @@ def test_two_formulas(divergence, parts, student, teacher, gradient, capability)
     signature = kd_signature(student, teacher, gradient, wide, two_formulas=True)
     build(kernels.kd_kernel(PARTS[parts], *formulas, wide), signature, capability)
     if not wide:
-        left = kernels.kd_kernel(PARTS[parts], *formulas, True, left=True)
-        build(left, kd_signature(student, teacher, gradient, True), capability)
+        build(kernels.left_kernel(PARTS[parts], *formulas), left_signature(student, teacher, gradient), capability)
 
 
 @pytest.mark.parametrize(
@@ -325,8 +326,33 @@ def test_sums_of_states():
     build(states.finish_kernel, (address, address, count, real, real, real, nb.UniTuple(address, 3)), (8, 0))
 
 
+def test_the_quick_way_is_rounded_as_it_is_written():
+    """The assembler makes one instruction of x y + z where it can: of two origins it would round one alone."""
+    _, place, shift, moved, *_ = rows.way_of(careful=False)
+
+    @cuda.jit(launch_bounds=32)
+    def kernel(m, n, x, c, out):
+        out[0] = moved(place(m, c), place(n, c))
+        out[1] = shift(x, place(m, c), c)
+
+    built = build(kernel, (nb.float32, nb.float32, nb.float32, nb.float32, nb.float32[::1]), (9, 0))
+    (function,) = functions_of(built.code).values()
+    found = Counter(
+        opcode for block in function.blocks.values() for opcode in block if opcode[:2] in ("FM", "FF", "FA")
+    )
+    assert found == {"FMUL": 2, "FADD": 1, "FFMA": 1}
+
+
 def test_no_kernel_is_left_out():
-    tested = {"BIAS_KERNELS", "fill_kernel", "kd_kernel", "matmul_kernel", "multiply_kernel", "reduce_kernel"}
+    tested = {
+        "BIAS_KERNELS",
+        "fill_kernel",
+        "kd_kernel",
+        "left_kernel",
+        "matmul_kernel",
+        "multiply_kernel",
+        "reduce_kernel",
+    }
     tested |= {"row_kernel", "weight_sum_kernel"}
     assert {name for name in kernels.__all__ if "kernel" in name.lower()} == tested
     assert {name for name in groups.__all__ if "kernel" in name.lower()} == {"group_kernel"}
@@ -428,15 +454,15 @@ def test_kd_is_launched_as_it_is_built(launched, student, parts, size):
         teacher = teacher if soft else student
         two_formulas = soft and name != "forward_kl"
         formulas = (divergence.term, divergence.slope) if two_formulas else (None, None)
-        expected = [(kernels.kd_kernel(PARTS[parts], *formulas, wide), wide)]
         if two_formulas and not wide:
-            expected.append((kernels.kd_kernel(PARTS[parts], *formulas, True, left=True), True))
-        for kernel_of_it, in_float64 in reversed(expected):
             kernel, threads, arguments = what(launched)
-            assert kernel is kernel_of_it
-            types = nb.int32, nb.float32, two_formulas
-            assert arguments == kd_signature(student, teacher, student, in_float64, *types)
+            assert kernel is kernels.left_kernel(PARTS[parts], *formulas)
+            assert arguments == left_signature(student, teacher, student, nb.int32, nb.float32)
             assert 0 < threads <= most_threads(kernel)
+        kernel, threads, arguments = what(launched)
+        assert kernel is kernels.kd_kernel(PARTS[parts], *formulas, wide)
+        assert arguments == kd_signature(student, teacher, student, wide, nb.int32, nb.float32, two_formulas)
+        assert 0 < threads <= most_threads(kernel)
         assert not launched
 
 

@@ -33,6 +33,7 @@ from building import (
     group_signature,
     kd_signature,
     label_of,
+    left_signature,
     most_registers,
     row_signature,
 )
@@ -120,10 +121,10 @@ def _cases():
             itemsize = 4 if stored == "float32" else 2
             yield f"{name} {stored}", Case(kernel, signature, itemsize, 2, loops)
     divergence = as_divergence("jsd")
-    kernel = kernels.kd_kernel(parts_of(0.3, 2.0), divergence.term, divergence.slope, True, left=True)
+    kernel = kernels.left_kernel(parts_of(0.3, 2.0), divergence.term, divergence.slope)
     # In float64 an exponential is no instruction, so that a loop that weighs cannot be told from one that gathers.
     loops = {"gather": Loop(0, loops=2), "spend": Loop(0)}
-    signature = kd_signature("float32", "float32", "float32", True)
+    signature = left_signature("float32", "float32", "float32")
     yield "jsd float32, left", Case(dict.fromkeys(CAPABILITIES, kernel), signature, 4, 2, loops, wide=True)
 
 
