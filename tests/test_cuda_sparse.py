@@ -228,7 +228,7 @@ def test_alpha_one_does_not_read_the_teacher():
         ("n_valid", 1, 10, "zero", r"n_valid\[1\] is 10"),
         ("indices", (2, 3), 37, "zero", r"indices\[2, 3\] is 37, not a class"),
         ("indices", (2, 3), -1, "zero", r"indices\[2, 3\] is -1, not a class"),
-        ("indices", (0, slice(0, 9, 4)), 5, "zero", r"indices\[0, \d\] is class 5 again"),
+        ("indices", (0, slice(0, 9, 4)), 5, "zero", r"indices\[0, 4\] is class 5 again"),
         ("log_probs", (1, 2), NAN, "zero", r"log_probs\[1, 2\] is nan"),
         ("log_probs", (1, 2), INF, "zero", r"log_probs\[1, 2\] is inf"),
         ("log_probs", (1, 2), 0.5, "zero", r"teacher_logits\[1\] do not add up"),

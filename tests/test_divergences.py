@@ -321,6 +321,15 @@ def test_limits_of_the_parameters(dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_skew_divergences_with_the_smallest_share(dtype):
+    """Where p and q have no class in common they are -log lam, whatever p and q are."""
+    student, teacher = np.array([[0.0, 300.0], [-INF, 0.0]], dtype), np.array([[300.0, 0.0], [0.0, -INF]], dtype)
+    for make in (skew_forward_kl, skew_reverse_kl):
+        loss = kdcore.kl_divergence(student, teacher, divergence=make(1e-20), reduction="none")
+        np.testing.assert_allclose(loss, -np.log(1e-20), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("tiny", [1e-30, 1e-38, 1e-310, 5e-324])
 def test_alpha_with_a_parameter_that_is_nothing(dtype, tiny):
     student, teacher = pair((dtype, dtype), 4, 33, scale=1.5)
@@ -435,12 +444,13 @@ def test_a_divergence_of_the_callers_own():
 @pytest.mark.parametrize(("name", "keyword"), WITH_PARAMETER.items())
 def test_parameters_lie_inside_the_unit_interval(name, keyword):
     make = getattr(divergences, name)
-    for value in (0, 1, 0.0, 1.0, -0.1, 1.5, NAN, INF, -INF):
-        with pytest.raises(kdcore.DomainError, match=rf"{keyword} must be in \(0, 1\), got {value}") as caught:
+    interval = r"\[1e-20, 1\)" if keyword == "lam" else r"\(0, 1\)"
+    for value in (0, 1, 0.0, 1.0, -0.1, 1.5, NAN, INF, -INF, *((9e-21, 1e-38) if keyword == "lam" else ())):
+        with pytest.raises(kdcore.DomainError, match=rf"{keyword} must be in {interval}, got {value}") as caught:
             make(value)
         assert isinstance(caught.value, ValueError)
     for value in ("x", "0.5", None, True, [0.5], 0.5j, np.array([0.5])):
-        with pytest.raises(kdcore.DTypeError, match=rf"{keyword} must be a number in \(0, 1\)") as caught:
+        with pytest.raises(kdcore.DTypeError, match=rf"{keyword} must be a number in {interval}") as caught:
             make(value)
         assert isinstance(caught.value, TypeError)
     for value in (np.float32(0.25), np.float64(0.25), np.float16(0.25), Fraction(1, 4)):

@@ -496,7 +496,7 @@ def changed(rows, **fields):
         ({"n_valid": (1, 10)}, kdcore.DomainError, r"n_valid\[1\] is 10"),
         ({"indices": ((2, 3), 37)}, kdcore.DomainError, r"indices\[2, 3\] is 37, not a class in \[0, 37\)"),
         ({"indices": ((2, 3), -1)}, kdcore.DomainError, r"indices\[2, 3\] is -1"),
-        ({"indices": ((0, slice(0, 9, 4)), 5)}, kdcore.DomainError, r"indices\[0, \d\] is class 5 again"),
+        ({"indices": ((0, slice(0, 9, 4)), 5)}, kdcore.DomainError, r"indices\[0, 4\] is class 5 again"),
         ({"log_probs": ((1, 2), NAN)}, kdcore.NonFiniteError, r"log_probs\[1, 2\] is nan"),
         ({"log_probs": ((1, 2), INF)}, kdcore.NonFiniteError, r"log_probs\[1, 2\] is inf"),
         ({"log_probs": ((1, 2), 0.5)}, kdcore.DomainError, r"probabilities of teacher_logits\[1\] do not add up"),
