@@ -52,7 +52,7 @@ if str(ROOT) not in sys.path:
 
 import numpy as np  # noqa: E402 (kdcore is found by the line above)
 
-from kdcore import ops  # noqa: E402
+from kdcore import ops, variants  # noqa: E402
 from kdcore._version import __version__  # noqa: E402
 from kdcore.bench import textbook  # noqa: E402
 from kdcore.errors import DomainError, KdcoreError  # noqa: E402
@@ -668,6 +668,38 @@ def part_small(task: Task) -> None:
         result = to_host(getattr(ops, operation)(numba_array(x)))
         task.judge(f"{list(shape)} {dtype} {operation}", row_excess(operation, result, x))
 
+    def try_left() -> None:
+        """A row whose divergence float32 does not find finite is worked again in float64: here it is infinite."""
+        student, teacher = (host_logits((40, 1003), "float32", seed) for seed in (5, 6))
+        teacher[33, 7] = -np.inf
+        result = ops.kd_loss_and_gradient(
+            numba_array(student), numba_array(teacher), None, 2.0, 0.0, divergence="reverse_kl", reduction="none"
+        )
+        infinite, undefined = np.isposinf(to_host(result.loss)), np.isnan(to_host(result.gradient))
+        right = infinite.nonzero()[0].tolist() == [33] and undefined.all(axis=1).nonzero()[0].tolist() == [33]
+        task.check("reverse_kl that is infinite in one row", right and undefined.any(axis=1).sum() == 1)
+
+    def try_variant(name: str) -> None:
+        call = getattr(variants, f"{name}_loss_and_gradient")
+        student, teacher, other = (host_logits((5, 1003), "float32", seed) for seed in (7, 8, 9))
+        labels = labels_of((5, 1003), 3)
+
+        def of(put: Callable[[np.ndarray], Any]) -> list[np.ndarray]:
+            second = [put(teacher), put(other)] if name == "mixture_kd" else put(teacher)
+            result = call(put(student), second, put(labels), *MAIN, reduction="none")
+            return [to_host(result.loss), to_host(result.gradient)]
+
+        near = [np.allclose(*pair, rtol=1e-6, atol=1e-7) for pair in zip(of(numba_array), of(np.copy), strict=True)]
+        task.check(f"{name}, as on the host", all(near))
+
+    def try_multiply(dtype: str) -> None:
+        rows = host_logits((3, 9001), dtype, 10)
+        factors = np.array([1.0, -0.5, 1.0], np.float32)
+        array = numba_array(rows)
+        ops.multiply_rows(array, numba_array(factors))
+        exact = (rows.astype(np.float32) * factors[:, None]).astype(rows.dtype)
+        task.check(f"{dtype} rows times factors", same_bits([to_host(array)], [exact]))
+
     def guarded(call: Callable[..., None], *arguments: Any, **options: Any) -> None:
         try:
             call(*arguments, **options)
@@ -682,7 +714,14 @@ def part_small(task: Task) -> None:
     for operation in ROW_OPERATIONS:
         guarded(try_row, (4, 4099), "float32", operation)
     guarded(try_row, (4, 4099), "bfloat16", "softmax")
-    guarded(try_kd, (5, 4099), "float32", "jsd")
+    for divergence in ("jsd", "alpha"):
+        guarded(try_kd, (5, 4099), "float32", divergence)
+    guarded(try_kd, (5, 4099), "bfloat16", "reverse_kl")
+    guarded(try_left)
+    for name in ("dkd", "mixture_kd", "standardized_kd"):
+        guarded(try_variant, name)
+    for dtype in ("float32", "bfloat16"):
+        guarded(try_multiply, dtype)
 
 
 def part_bandwidth(task: Task) -> None:
