@@ -161,7 +161,7 @@ def test_one_module_chooses_an_engine():
 
 
 #: Functions of formulas for which each engine puts its own.
-ENGINES_OWN = {"where", "fma", "log", "exp", "exprel"}
+ENGINES_OWN = {"where", "fma", "log", "exp", "exprel", "reciprocal"}
 
 
 def test_formulas_are_undecorated_leaves_that_need_math_alone():

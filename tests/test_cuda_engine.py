@@ -68,7 +68,11 @@ def test_every_class_counts(V):
     "divergence",
     [
         *(divergences.jsd(beta) for beta in (0.01, 0.9)),
-        *(make(lam) for make in (divergences.skew_forward_kl, divergences.skew_reverse_kl) for lam in (1e-20, 0.01, 0.9)),
+        *(
+            make(lam)
+            for make in (divergences.skew_forward_kl, divergences.skew_reverse_kl)
+            for lam in (1e-20, 0.01, 0.9)
+        ),
         *(divergences.alpha(a) for a in (0.05, 0.95)),
     ],
     ids=repr,

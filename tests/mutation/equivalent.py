@@ -24,8 +24,8 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "formulas.py",
-            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
-            "larger = log(where((p >= q), p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * reciprocal(where(m > _LEAST, m, 1.0)))",
+            "larger = log(where((p >= q), p, where(m > _LEAST, q, 1.0)) * reciprocal(where(m > _LEAST, m, 1.0)))",
         ),
         (
             "formulas.py",
@@ -39,8 +39,8 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "formulas.py",
-            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
-            "larger = log(where((p >= q), p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * reciprocal(where(m > _LEAST, m, 1.0)))",
+            "larger = log(where((p >= q), p, where(m > _LEAST, q, 1.0)) * reciprocal(where(m > _LEAST, m, 1.0)))",
         ),
         (
             "formulas.py",
@@ -66,43 +66,43 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
     "where m is no larger than _LEAST, what depends on it is smaller than any sum shows": [
         (
             "formulas.py",
-            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
-            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where((m >= _LEAST), m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * reciprocal(where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * reciprocal(where((m >= _LEAST), m, 1.0)))",
         ),
         (
             "formulas.py",
-            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
-            "larger = log(where(p > q, p, where((m >= _LEAST), q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * reciprocal(where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where((m >= _LEAST), q, 1.0)) * reciprocal(where(m > _LEAST, m, 1.0)))",
         ),
         (
             "formulas.py",
-            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
-            "larger = log(where(p > q, p, where(m > _LEAST, q, (2.0))) * (1.0 / where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * reciprocal(where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, (2.0))) * reciprocal(where(m > _LEAST, m, 1.0)))",
         ),
         (
             "formulas.py",
-            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
-            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, (2.0))))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * reciprocal(where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * reciprocal(where(m > _LEAST, m, (2.0))))",
         ),
         (
             "formulas.py",
-            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
-            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, (2.0))))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * reciprocal(where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * reciprocal(where(m > _LEAST, m, (2.0))))",
         ),
         (
             "formulas.py",
-            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
-            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where((m >= _LEAST), m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * reciprocal(where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * reciprocal(where((m >= _LEAST), m, 1.0)))",
         ),
         (
             "formulas.py",
-            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
-            "larger = log(where(p > q, p, where(m > _LEAST, q, (2.0))) * (1.0 / where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * reciprocal(where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, (2.0))) * reciprocal(where(m > _LEAST, m, 1.0)))",
         ),
         (
             "formulas.py",
-            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
-            "larger = log(where(p > q, p, where((m >= _LEAST), q, 1.0)) * (1.0 / where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where(m > _LEAST, q, 1.0)) * reciprocal(where(m > _LEAST, m, 1.0)))",
+            "larger = log(where(p > q, p, where((m >= _LEAST), q, 1.0)) * reciprocal(where(m > _LEAST, m, 1.0)))",
         ),
         (
             "formulas.py",
@@ -116,13 +116,13 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "formulas.py",
-            "n = 1.0 / where(m > _LEAST, m, 1.0)",
-            "n = 1.0 / where(m > _LEAST, m, (2.0))",
+            "n = reciprocal(where(m > _LEAST, m, 1.0))",
+            "n = reciprocal(where(m > _LEAST, m, (2.0)))",
         ),
         (
             "formulas.py",
-            "n = 1.0 / where(m > _LEAST, m, 1.0)",
-            "n = 1.0 / where((m >= _LEAST), m, 1.0)",
+            "n = reciprocal(where(m > _LEAST, m, 1.0))",
+            "n = reciprocal(where((m >= _LEAST), m, 1.0))",
         ),
         (
             "formulas.py",
@@ -371,11 +371,6 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "cuda/variants.py",
-            "scale = weight / load_stored(denominator, np.float64(0))",
-            "scale = weight / load_stored(denominator, np.float64((1)))",
-        ),
-        (
-            "cuda/variants.py",
             "if k > 0 and culprits != 0 and load_stored(culprits + 24 * i, np.int64(0)) != OK:",
             "if k > 0 and culprits != 0 and load_stored(culprits + 24 * i, np.int64((1))) != OK:",
         ),
@@ -383,11 +378,6 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
             "cuda/variants.py",
             "if argument == TEACHER and load_stored(codes + 16 * i, np.int64(0)) != OK:",
             "if argument == TEACHER and load_stored(codes + 16 * i, np.int64((1))) != OK:",
-        ),
-        (
-            "cuda/variants.py",
-            "scale, m, z_h, ce = weight / load_stored(denominator, np.float64(0)), np.float64(0), np.float64(1), 0.0",
-            "scale, m, z_h, ce = weight / load_stored(denominator, np.float64((1))), np.float64(0), np.float64(1), 0.0",
         ),
         (
             "cuda/variants.py",
@@ -522,8 +512,8 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "cuda/variants.py",
-            "numbers, of_rows = (0.0,) * len(teachers), _matrix(shares[part])",
-            "numbers, of_rows = ((1.0),) * len(teachers), _matrix(shares[part])",
+            "numbers, of_rows = (0.0,) * len(teachers), matrix(shares[part])",
+            "numbers, of_rows = ((1.0),) * len(teachers), matrix(shares[part])",
         ),
     ],
     "the first of them finds no fault yet": [
