@@ -58,28 +58,24 @@ def _constant_rank(number):
     return (not isinstance(number, types.Float), number.bitwidth)
 
 
+def _of_single(instruction):
+    """A function of a float32 that is one instruction."""
+
+    @intrinsic
+    def function(context, x):
+        def code(context, builder, signature, arguments):
+            real = ir.FloatType()
+            return builder.call(_instruction(f"{instruction} $0, $1;", real, [real], False, "=f,f"), arguments)
+
+        return types.float32(types.float32), code
+
+    return function
+
+
+_ex2, _lg2, _rcp = map(_of_single, ("ex2.approx.ftz.f32", "lg2.approx.f32", "rcp.approx.ftz.f32"))
+
 # The divergences' formulas are worked, in float32, by the processor's approximations, which are nearer than what a sum
 # of them is held to: log is off by 2^-22, absolutely between 1/2 and 2, relatively elsewhere, 1 / x by its last bit.
-
-
-@intrinsic
-def _lg2(context, x):
-    def code(context, builder, signature, arguments):
-        real = ir.FloatType()
-        return builder.call(_instruction("lg2.approx.f32 $0, $1;", real, [real], False, "=f,f"), arguments)
-
-    return types.float32(types.float32), code
-
-
-@intrinsic
-def _rcp(context, x):
-    def code(context, builder, signature, arguments):
-        real = ir.FloatType()
-        return builder.call(_instruction("rcp.approx.ftz.f32 $0, $1;", real, [real], False, "=f,f"), arguments)
-
-    return types.float32(types.float32), code
-
-
 _LN2 = np.float32(math.log(2.0))
 #: 1 / (k + 1)!, of which the first one left out is less than 2e-8 of the sum where it is used.
 _F2, _F3, _F4, _F5, _F6, _F7, _F8 = (np.float32(1 / math.factorial(n)) for n in range(2, 9))
@@ -722,15 +718,6 @@ def _lowest(like):
 
 
 # --- arithmetic ----------------------------------------------------------------------------------------------------
-
-
-@intrinsic
-def _ex2(context, x):
-    def code(context, builder, signature, arguments):
-        real = ir.FloatType()
-        return builder.call(_instruction("ex2.approx.ftz.f32 $0, $1;", real, [real], False, "=f,f"), arguments)
-
-    return types.float32(types.float32), code
 
 
 def exp2(x):
