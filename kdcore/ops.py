@@ -544,13 +544,13 @@ def cross_entropy(
 # --- a loss's backward ---------------------------------------------------------------------------------------------
 
 
-def multiply_rows(rows: Any, factors: Any, *, threads: int | None = None, stream: Any = None) -> None:
+def multiply_rows(rows: Any, factors: Any, *, stream: Any = None) -> None:
     """rows [..., V] *= factors [...], in place; a row whose factor is 1 is neither read nor written.
 
     What a gradient is multiplied by, is mostly 1, and on a device only the device knows it: nothing waits for it. The
     product is that of float32, of float64 for float64 rows, and rounded once.
     """
-    engine = engine_of({"rows": rows, "factors": factors}, threads, stream)
+    engine = engine_of({"rows": rows, "factors": factors}, None, stream)
     array = as_logits(engine, rows, "rows")
     lead = tuple(array.shape)[:-1]
     array = as_output(engine, rows, tuple(array.shape), None, {"factors": factors})

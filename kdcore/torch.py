@@ -55,7 +55,7 @@ def _tensor(values: Any, student_logits: torch.Tensor) -> torch.Tensor:
 
 
 #: Fewer elements are multiplied by PyTorch whatever the factor: a device does it in the time of a launch.
-_SMALL = 1 << 20
+_LARGE = 1 << 20
 
 
 class _KDLoss(torch.autograd.Function):
@@ -75,6 +75,7 @@ class _KDLoss(torch.autograd.Function):
             out=_array(gradient, "out"),
         )
         ctx.save_for_backward(gradient)
+        ctx.address = gradient.data_ptr() if _is_saved_as_it_is() else None
         ctx.dtype = student_logits.dtype
         return _tensor(result.loss, student_logits)
 
@@ -86,34 +87,50 @@ class _KDLoss(torch.autograd.Function):
                 "kdcore's KD loss can be differentiated once: backward with create_graph=True is refused"
             )
         (gradient,) = ctx.saved_tensors
-        if ctx.dtype != gradient.dtype or _graph_is_kept():
-            # In a pass of its own, by which what is saved stays as it is.
-            factors = grad_output[..., None] if grad_output.ndim else grad_output
-            return torch.mul(gradient, factors, out=torch.empty_like(gradient, dtype=ctx.dtype)), None, None, None
-        # Nobody will ask for it again: it is multiplied where it is, if by anything but 1.
-        _multiply(gradient, grad_output)
-        return gradient, None, None, None
+        return _scaled(gradient, grad_output, ctx.dtype, ctx.address == gradient.data_ptr()), None, None, None
+
+
+def _scaled(gradient: torch.Tensor, factors: torch.Tensor, dtype: torch.dtype, is_own: bool) -> torch.Tensor:
+    """gradient [..., V] times factors [...], or one factor, in a dtype; ``is_own``: it is the one that forward made.
+
+    On the CPU a factor of 1 is seen. A device is not asked; there a large gradient that nobody will ask for again is
+    multiplied where it is, by blocks of which those with a factor of 1 return at once. The bits are always those of
+    PyTorch's product.
+    """
+    of_rows = factors[..., None] if factors.ndim else factors
+    if _is_batched(factors):
+        return (gradient * of_rows).to(dtype)
+    if dtype != gradient.dtype:
+        return torch.mul(gradient, of_rows, out=torch.empty_like(gradient, dtype=dtype))
+    if not gradient.is_cuda and factors.ndim == 0 and factors.item() == 1:
+        return gradient if is_own and not _graph_is_kept() else gradient.clone()
+    if not (gradient.is_cuda and is_own and gradient.numel() >= _LARGE) or _graph_is_kept():
+        return gradient * of_rows
+    if not factors.ndim and dtype == torch.bfloat16:
+        factors = factors.to(dtype).float()  # which PyTorch rounds so, of a tensor without dimensions
+    rows = gradient.view(-1, gradient.shape[-1])
+    ops.multiply_rows(rows, (factors.reshape(-1) if factors.ndim else factors).expand(rows.shape[0]))
+    return gradient
+
+
+def _is_batched(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for a batch of them, which knows neither values nor places; or if it is not known."""
+    functorch = torch._C._functorch
+    if not (hasattr(functorch, "is_batchedtensor") and hasattr(functorch, "is_legacy_batchedtensor")):
+        return True
+    return bool(functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
+
+
+def _is_saved_as_it_is() -> bool:
+    """Whether what is saved for backward is not handed to hooks, which may share it with others; False if not known."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is None
 
 
 def _graph_is_kept() -> bool:
     """Whether the graph that is being worked may be worked again: with ``retain_graph=True``, or if it is not known."""
     known = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if known is None else bool(known())
-
-
-def _multiply(gradient: torch.Tensor, factors: torch.Tensor) -> None:
-    """gradient [..., V] *= factors [...] or one factor, in place, without a wait for the device to say whether it is 1.
-
-    The bits are those of PyTorch's product.
-    """
-    if not gradient.is_cuda or gradient.numel() < _SMALL:
-        if gradient.is_cuda or factors.ndim or factors.item() != 1:
-            gradient.mul_(factors[..., None] if factors.ndim else factors)
-        return
-    if not factors.ndim and gradient.dtype == torch.bfloat16:
-        factors = factors.to(gradient.dtype).float()  # which PyTorch rounds so, of a tensor without dimensions
-    rows = gradient.view(-1, gradient.shape[-1])
-    ops.multiply_rows(rows, (factors.reshape(-1) if factors.ndim else factors).expand(rows.shape[0]))
 
 
 @torch.compiler.disable
@@ -141,8 +158,8 @@ def kd_loss(
     worked on its current stream. :class:`kdcore.TopKRows` and :class:`kdcore.SampledRows` may be of tensors, where the
     student is. The teacher is a constant, whether or not its logits require a gradient. Loss and gradient are computed
     together, in the forward pass, if a gradient can be asked for. The backward pass multiplies it by what comes from
-    above, where it is, and does not touch it if that is 1; with ``retain_graph=True``, and of float16 logits, whose
-    gradient is float32 until then, the product is another tensor.
+    above. On a device a large gradient is multiplied where it is, and not touched where that is 1, unless it may be
+    asked for again (``retain_graph=True``), hooks save it, or it is of float16 logits: that one is float32 until then.
 
     Returns
     -------

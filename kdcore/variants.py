@@ -312,8 +312,8 @@ def mixture_kd_loss_and_gradient(
     **alpha is the weight of the hard cross-entropy.** Probabilities are mixed, not logits, and in logarithms: a class
     in which every teacher's probability underflows keeps its finite log-ratio. For forward KL the gradient is that of
     the weighted mean of the K divergences, and D is less by what does not depend on the student, the mean of
-    KL(p_k || p); for other divergences both differ. The mixture is never stored for more than a few rows, or for a few
-    hundred on a device.
+    KL(p_k || p); for other divergences both differ. The mixture is never stored for more than a few rows, or
+    on a device for so many that they take 256 MiB.
 
     Parameters
     ----------
@@ -328,8 +328,8 @@ def mixture_kd_loss_and_gradient(
     teacher_weights : array-like [K] or [..., K], optional
         w, of at least 0, for all rows or for each; they must add up to 1 within 1e-6 and are divided by their sum. By
         default 1 / K. A teacher is not read in a row where its weight is 0. Weights of masked rows are not read. With
-        logits on a device: a list or tuple of K numbers, or a float32 or float64 array on the device; rows of such an
-        array that are no weights become NaN, and are an error under ``validate=True``.
+        logits on a device: a list or tuple of K numbers, or a float32 or float64 array on the device, whose rows follow
+        one another; rows of it that are no weights become NaN, and are an error under ``validate=True``.
     divergence, scale_t2, ignore_index, weights, reduction, denominator, out, validate, threads, stream
         As for :func:`kdcore.kd_loss_and_gradient`.
 
@@ -450,7 +450,7 @@ def standardized_kd_loss_and_gradient(
 
     It is orthogonal to s, and D does not change when s or t becomes a s + b, a > 0. ``std`` is the population's: the
     mean square is over all V classes. The paper's code divides by V - 1 instead and adds 1e-7 to the deviation, so that
-    its T is as T sqrt(V / (V - 1)) here.
+    its T is as T sqrt(V / (V - 1)) here. On a device rows are standardised in three buffers of at most 256 MiB.
 
     Parameters
     ----------

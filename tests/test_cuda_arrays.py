@@ -363,6 +363,7 @@ def test_the_stream_that_an_array_was_made_on(rows):
 
 
 def test_dtypes_that_are_no_numbers_of_ours(rows):
+    swapped = np.dtype(np.float32).newbyteorder()
     for kind in ("<V4", ">f4", "<c8"):
         with pytest.raises(DTypeError, match="is not supported"):
             memory.as_array(Interface(rows[0], kind))
@@ -370,6 +371,8 @@ def test_dtypes_that_are_no_numbers_of_ours(rows):
         memory.as_array(Capsule(rows[0].astype(BF16), code=5))
     with pytest.raises(DTypeError, match="logits must be float32"):
         kdcore.softmax(Interface(rows[2].reshape(1, 3)))
+    with pytest.raises(DTypeError, match=f"in the order of this machine, got dtype {swapped.str}"):
+        kdcore.softmax(cuda.to_device(np.ones((2, 3), swapped)))
 
 
 @pytest.mark.parametrize("contiguous", [False, True])

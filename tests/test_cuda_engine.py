@@ -165,6 +165,21 @@ def test_rows_that_float32_cannot_hold_are_worked_in_float64(in_place, size):
     assert not status.any()
 
 
+def test_a_parameter_that_float32_cannot_hold():
+    def term(p, q, r, c):
+        return c * (q - p) * (q - p)
+
+    def slope(p, q, r, c):
+        return 2.0 * c * q * (q - p)
+
+    s, t = logits(np.random.default_rng(27), 2, 9, F32), logits(np.random.default_rng(28), 2, 9, F32)
+    with np.errstate(over="raise"):
+        _, _, kl, _, status = kd(Device, s, t, alpha=0.0, divergence=Divergence("large", term, slope, 1e40))
+    apart = oracle.softmax(s.astype(F64) / 2.0) - oracle.softmax(t.astype(F64) / 2.0)
+    np.testing.assert_allclose(kl, 4e40 * np.square(apart).sum(axis=1).astype(F64), rtol=1e-12)
+    assert not status.any()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_between_equals(name):
     """Ties of a whole row: student and teacher differ by a constant at most, and one class is always certain."""

@@ -300,18 +300,6 @@ def same_bits(a, b):
     return a.dtype == b.dtype and next(arrays(a)).tobytes() == next(arrays(b)).tobytes()
 
 
-class Saved:
-    """The places of the tensors that are kept for a backward pass."""
-
-    def __init__(self):
-        self.places = []
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor):
-        self.places.append(tensor.data_ptr())
-        return tensor
-
-
 FACTORS = [1.0, 3.0, 1 / 3, 65536.0, float("inf"), float("nan")]
 
 
@@ -337,22 +325,59 @@ def test_the_bits_of_a_backward_pass(dtype, reduction):
             torch.autograd.grad(loss, student, grad_output)
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("factor", [1.0, 3.0])
-def test_a_backward_pass_takes_no_memory_of_its_own(monkeypatch, factor):
-    """The gradient of a graph that is not kept is what has been kept for it; otherwise it is another tensor."""
+def test_the_gradient_is_given_away_once(monkeypatch, factor, keep):
+    """What has been kept for the backward pass, if that is the result, and the graph cannot ask for it again."""
     student, teacher, labels = tensors(torch.float32, (4,), 37)
 
-    def place(keep):
-        saved = Saved()
-        with saved.hooks:
-            loss = KDLoss(2.0, 0.3)(student, teacher, labels)
+    def is_given_away():
+        loss = KDLoss(2.0, 0.3)(student, teacher, labels)
         (gradient,) = torch.autograd.grad(loss, student, torch.tensor(factor), retain_graph=keep)
-        assert len(saved.places) == 1
-        return gradient.data_ptr() == saved.places[0]
+        return gradient.data_ptr() == loss.grad_fn.address
 
-    assert place(False) and not place(True)
+    assert is_given_away() == (factor == 1.0 and not keep)
     monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
-    assert not place(False)  # whether it is kept is not known
+    assert not is_given_away()  # whether it is kept is not known
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_what_hooks_hold_is_theirs(monkeypatch, factor):
+    """Hooks that save tensors elsewhere may bring back what somebody else has, or what cannot be written."""
+    student, teacher, labels = tensors(torch.float32, (4,), 37)
+    held = []
+
+    def pack(tensor):
+        held.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(kdcore.torch, "_LARGE", 1)
+    for unpack in (lambda tensor: tensor, lambda tensor: tensor[:, :1].expand(tensor.shape)):
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            loss = KDLoss(2.0, 0.3)(student, teacher, labels)
+        before = held[-1].clone()
+        (gradient,) = torch.autograd.grad(loss, student, torch.tensor(factor))
+        assert same_bits(gradient, unpack(before) * factor)
+        gradient.zero_()
+        assert same_bits(held[-1], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_batched_backward_passes(dtype):
+    """As vectorised Jacobians make them: a gradient for each of a batch of what comes from above."""
+    student, teacher, labels = tensors(dtype, (4,), 7)
+    criterion = KDLoss(2.0, 0.3, reduction="none")
+    loss = criterion(student, teacher, labels)
+    for keep in (True, False):
+        (found,) = torch.autograd.grad(
+            loss, student, torch.eye(4, dtype=loss.dtype), is_grads_batched=True, retain_graph=keep
+        )
+        for row in range(4):
+            (one,) = torch.autograd.grad(criterion(student, teacher, labels)[row], student)
+            assert same_bits(found[row], one)
+    loss = KDLoss(2.0, 0.3)(student, teacher, labels)
+    (found,) = torch.autograd.grad(loss, student, torch.tensor([1.0, 2.0], dtype=loss.dtype), is_grads_batched=True)
+    assert same_bits(found[1], found[0] * 2)
 
 
 def test_gradients_add_up():
@@ -400,23 +425,30 @@ def test_on_a_device_no_value_is_asked_for(monkeypatch):
         def item(self):
             raise AssertionError("the host waits for the device")
 
+    def scaled(gradient, factors, is_own=True):
+        return kdcore.torch._scaled(gradient.as_subclass(OnCuda), factors.as_subclass(OnCuda), gradient.dtype, is_own)
+
+    monkeypatch.setattr("kdcore.torch._graph_is_kept", lambda: False)
     small = torch.ones(3, 5)
-    kdcore.torch._multiply(small.as_subclass(OnCuda), torch.tensor(3.0).as_subclass(OnCuda))
-    assert (small == 3).all()
+    assert (scaled(small, torch.tensor(3.0)) == 3).all() and (small == 1).all()
     given = []
-    monkeypatch.setattr(kdcore.torch, "_SMALL", 15)
+    monkeypatch.setattr(kdcore.torch, "_LARGE", 15)
     monkeypatch.setattr("kdcore.torch.ops.multiply_rows", lambda rows, factors: given.append((rows, factors)))
     third = torch.tensor(1 / 3)
     for dtype, expected in ((torch.float32, third), (torch.bfloat16, third.bfloat16().float())):
         for shape in ((2, 3, 5), (15,)):
             gradient = torch.ones(shape, dtype=dtype)
-            kdcore.torch._multiply(gradient.as_subclass(OnCuda), third.as_subclass(OnCuda))
+            assert scaled(gradient, third).data_ptr() == gradient.data_ptr()
             (rows, factors) = given.pop()
             assert rows.shape == (gradient.numel() // shape[-1], shape[-1]) and rows.data_ptr() == gradient.data_ptr()
             assert factors.shape == rows.shape[:1] and (factors == expected).all() and factors.dtype == torch.float32
     of_rows = torch.arange(6.0).reshape(2, 3)
-    kdcore.torch._multiply(torch.ones(2, 3, 5, dtype=torch.bfloat16).as_subclass(OnCuda), of_rows.as_subclass(OnCuda))
+    scaled(torch.ones(2, 3, 5, dtype=torch.bfloat16), of_rows)
     assert given.pop()[1].tolist() == [0, 1, 2, 3, 4, 5]
+    gradient = torch.ones(3, 5)
+    assert (scaled(gradient, third, is_own=False) == third).all() and (gradient == 1).all() and not given
+    monkeypatch.setattr("kdcore.torch._graph_is_kept", lambda: True)
+    assert (scaled(gradient, third) == third).all() and (gradient == 1).all() and not given
     gradient, factors = torch.rand(6, 5), torch.rand(6)
     expected = gradient * factors[:, None]
     monkeypatch.undo()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcore.errors import ShapeError
+from kdcore.errors import DTypeError, ShapeError
 
 __all__ = ["Access", "DeviceArray", "Layout", "contiguous", "layout_of"]
 
@@ -104,6 +104,8 @@ class Layout:
 @lru_cache(maxsize=4096)
 def layout_of(shape: Shape, strides: Shape, dtype: np.dtype[Any]) -> Layout:
     """The layout of an array. The same object each time, but for what has not been asked for long."""
+    if not dtype.isnative:
+        raise DTypeError(f"the bytes of elements must be in the order of this machine, got dtype {dtype.str}")
     return Layout(tuple(shape), tuple(strides), dtype)
 
 

@@ -51,6 +51,7 @@ class Parts(NamedTuple):
     power: int
 
 
+@lru_cache(maxsize=256)
 def parts_of(alpha: float, temperature: float) -> Parts:
     """The parts of an objective. Without a divergence, the temperature of the student's sums is 1."""
     if alpha == 1.0:
@@ -60,7 +61,7 @@ def parts_of(alpha: float, temperature: float) -> Parts:
     return Parts(soft=True, hard=True, power=int(temperature) if temperature in (1.0, 2.0, 4.0) else 0)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def rates_of(temperature: float, teacher_temperature: float, wide: bool) -> tuple[Any, ...]:
     """What turns a logit into an exponent of 2, and what follows from it; kernels call it ``rates``.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from kdcore.cuda.parameters import check_dtypes, divisor, like_of, matrix, matri
 from kdcore.cuda.plans import chosen, plan_of, shared_memory, threads_of
 from kdcore.cuda.primitives import BLANK, SIMULATOR
 from kdcore.cuda.streams import Prepared, as_queue, launch, launch_prepared, on_device_of
+from kdcore.cuda.sweeps import single
 from kdcore.errors import MissingDependencyError
 from kdcore.objective import TAILS, UNIFORM, needs_float64
 
@@ -42,7 +45,7 @@ _FEW = 64 if SIMULATOR else 256
 
 def _row_operation(name, logits, temperature, out, status, stream):
     rows, size = logits.shape
-    check_dtypes(logits.dtype, out.dtype)
+    check_dtypes(stream, logits.dtype, out.dtype)
     wide = needs_float64((logits.dtype,), temperature)
     arguments = matrix(logits), float(temperature), size, like_of(wide), matrix(out), out.shape[1], start_of(status)
     threads = threads_of(size, kernels.most_threads(wide))
@@ -83,11 +86,14 @@ def _kd_rows(context, student, teacher, labels, weights, denominator, objective,
     """The same in a context, the device's; 0, if it is not known."""
     rows, size = student.layout.shape
     divergence = objective.divergence
+    soft = objective.alpha != 1.0
+    temperatures = (float(objective.temperature), float(objective.teacher_temperature)) if soft else (1.0, 1.0)
+    wide = needs_float64((student.dtype, teacher.dtype) if soft else (student.dtype,), *temperatures)
     prepare = _kd_launch if context else _kd_launch.__wrapped__  # in a context, a device has its attributes
     launches, published = prepare(
         context, chosen(), size, student.layout.access, teacher.layout.access, labels.layout.access,
         weights.layout.access, gradient.layout.access, status.size > 0, divergence.term, divergence.slope,
-        divergence.parameter, *objective[1:],
+        parts_of(objective.alpha, objective.temperature), wide, objective.ignore_index,
     )  # fmt: skip
     records = counts = 0
     if published:
@@ -97,70 +103,83 @@ def _kd_rows(context, student, teacher, labels, weights, denominator, objective,
         if not set_words(blank.address, BLANK & 0xFFFFFFFF, 2 * blank.size, queue.handle):
             fill(blank, BLANK, queue)
         records, counts = blank.address, blank.address + 8 * count
-    for prepared, blocks, of_rows in launches:
+    numbers = float(objective.alpha), *temperatures, float(objective.kd_scale)
+    for of_kernel in launches:
         launch_prepared(
-            prepared, -(-rows // of_rows) * blocks, queue, student.address, teacher.address, labels.address,
-            weights.address, *divisor(denominator), gradient.address, loss.address, ce.address, kl.address,
-            status.address, rows, counts, records,
+            of_kernel.prepared, -(-rows // of_kernel.of_rows) * of_kernel.blocks, queue, student.address,
+            teacher.address, labels.address, weights.address, *divisor(denominator), gradient.address, loss.address,
+            ce.address, kl.address, status.address, rows, counts, records, *numbers,
+            of_kernel.as_parameter(divergence.parameter), *rates_of(*temperatures, of_kernel.wide),
         )  # fmt: skip
 
 
-#: The types of the slots of a KD launch, which kd_rows fills, as ``struct`` calls them.
-_KD_SLOTS = "qqqqqdqqqqqqqq"
+class _KDLaunch(NamedTuple):
+    """A launch that is prepared but for addresses, rows and the objective's numbers; of so many blocks for ``of_rows``.
+
+    What kd_rows brings: 14 addresses and counts (one is the denominator's number), 4 numbers, the parameter, 9 rates.
+    """
+
+    prepared: Prepared
+    blocks: int
+    of_rows: int
+    #: Whether it works in float64.
+    wide: bool
+    as_parameter: Callable[[float], Any]
 
 
 @lru_cache(maxsize=1024)
 def _kd_launch(
-    context, override, size, student, teacher, labels, weights, gradient, with_status, term, slope, parameter,
-    temperature, teacher_temperature, alpha, kd_scale, ignore_index,
+    context, override, size, student, teacher, labels, weights, gradient, with_status, term, slope, parts, wide,
+    ignore_index,
 ):  # fmt: skip
-    """The launches of a KD call in a context, prepared but for addresses and rows, each with (its blocks, of rows).
+    """The launches of a KD call in a context, and how many int64 a row's records take.
 
-    Of arrays there is what :attr:`kdcore.cuda.arrays.Layout.access` says. Of the group kernel, also how many int64 a
-    row's records take.
+    Of arrays there is what :attr:`kdcore.cuda.arrays.Layout.access` says.
     """
-    check_dtypes(student.dtype, teacher.dtype, gradient.dtype)
-    parts = parts_of(alpha, temperature)
-    temperatures = (temperature, teacher_temperature) if parts.soft else (1.0, 1.0)
+    check_dtypes(None, student.dtype, teacher.dtype, gradient.dtype)
     if not parts.soft:
         term, slope, teacher = None, None, student
     two_formulas = term is not None
-    wide = needs_float64((student.dtype, teacher.dtype), *temperatures)
-    s, t, y, w, address, number, g, loss, ce, kl, status, rows, counts, records = map(Slot, range(len(_KD_SLOTS)))
+    s, t, y, w, address, number, g, loss, ce, kl, status, rows, counts, records, *numbers = map(Slot, range(28))
+    alpha, temperature, teacher_temperature, kd_scale, c, *rates = numbers
 
-    def arguments_of(wide):
-        return (
+    def prepared(kernel, threads, blocks, of_rows, wide, *others):
+        as_parameter = single if two_formulas and not wide else np.float64
+        codes = "qqqqqdqqqqqqqq" + "dddd" + ("f" if as_parameter is single else "d")
+        codes += "d" * 9 if wide else "ffffddfff"
+        arguments = (
             matrix_of(student, s),
             matrix_of(teacher, t if parts.soft else s),
             vector_of(labels, y),
             vector_of(weights, w),
             int(ignore_index),
             (address, number),
-            float(alpha),
-            *map(float, temperatures),
-            float(kd_scale),
-            np.float32(parameter) if two_formulas and not wide else np.float64(parameter),
-            rates_of(*temperatures, wide),
+            alpha,
+            temperature,
+            teacher_temperature,
+            kd_scale,
+            c,
+            tuple(rates),
             size,
             like_of(wide),
             matrix_of(gradient, g),
             (loss, ce, kl),
             status if with_status else 0,
+            *others,
         )
+        return _KDLaunch(Prepared(kernel, threads, arguments, codes), blocks, of_rows, wide, as_parameter)
 
     itemsizes = student.dtype.itemsize, teacher.dtype.itemsize if parts.soft else 0  # of what is read
     plan = plan_of(size, itemsizes, kernels.most_threads(wide), not wide and not two_formulas)
     if plan.kernel == "group":
         share = share_of(size, plan.blocks, plan.threads, *itemsizes)
         kernel = group_kernel(parts, plan.threads, resident_blocks(shared_memory()))
-        arguments = *arguments_of(wide), rows, plan.blocks, share, counts, records
-        return [(Prepared(kernel, plan.threads, arguments, _KD_SLOTS), plan.blocks, 1)], plan.blocks * PUBLISHED
-    kernel = kernels.kd_kernel(parts, term, slope, wide)
-    launches = [(Prepared(kernel, plan.threads, arguments_of(wide), _KD_SLOTS), 1, 1)]
+        others = rows, plan.blocks, share, counts, records
+        return [prepared(kernel, plan.threads, plan.blocks, 1, wide, *others)], plan.blocks * PUBLISHED
+    launches = [prepared(kernels.kd_kernel(parts, term, slope, wide), plan.threads, 1, 1, wide)]
     if two_formulas and not wide:
         kernel, threads = kernels.left_kernel(parts, term, slope), min(plan.threads, kernels.most_threads(True))
-        arguments = *arguments_of(True), rows
-        launches.append((Prepared(kernel, threads, arguments, _KD_SLOTS), 1, kernels.LOOKED_AT))
+        launches.append(prepared(kernel, threads, 1, kernels.LOOKED_AT, True, rows))
     return launches, 0
 
 
@@ -174,7 +193,7 @@ def sparse_kd_rows(
     for samples. ``tail`` is the policy, one of :data:`kdcore.objective.TAILS`.
     """
     rows, size = student.shape
-    check_dtypes(student.dtype, log_probs.dtype, tail_logmass.dtype, gradient.dtype)
+    check_dtypes(stream, student.dtype, log_probs.dtype, tail_logmass.dtype, gradient.dtype)
     temperature, policy = objective.temperature, TAILS.index(tail)
     parts = parts_of(objective.alpha, temperature)
     wide = needs_float64((student.dtype,), temperature)
@@ -191,7 +210,7 @@ def sparse_kd_rows(
 def state_rows(student, teacher, labels, start, ignore_index, temperature, teacher_temperature, state, status, stream):
     """state [B, STATE_COLUMNS] of slices [B, V], whose first class is ``start``; rows with NaN become NaN."""
     rows, size = student.shape
-    check_dtypes(student.dtype, teacher.dtype)
+    check_dtypes(stream, student.dtype, teacher.dtype)
     parts = parts_of(0.5, temperature)
     wide = needs_float64((student.dtype, teacher.dtype), temperature, teacher_temperature)
     arguments = (
@@ -229,7 +248,7 @@ def slice_gradient_rows(
 ):
     """gradient [B, V] of slices, from the states [B, STATE_COLUMNS] of whole rows and their scales [B]."""
     rows, size = student.shape
-    check_dtypes(student.dtype, teacher.dtype, gradient.dtype)
+    check_dtypes(stream, student.dtype, teacher.dtype, gradient.dtype)
     parts = parts_of(alpha, temperature)
     temperatures = (temperature, teacher_temperature) if parts.soft else (1.0, 1.0)
     wide = needs_float64((student.dtype, teacher.dtype), *temperatures)
@@ -266,7 +285,7 @@ _REDUCE = Prepared(kernels.reduce_kernel, kernels.ALONE, (Slot(0), Slot(1), Slot
 def multiply_rows(rows, factors, stream):
     """rows [B, V] *= factors [B], in place, rounded once; a row whose factor is 1 is neither read nor written."""
     count, size = rows.layout.shape
-    check_dtypes(rows.dtype)
+    check_dtypes(stream, rows.dtype)
     prepared, share = _multiply_launch(rows.layout.access, factors.layout.access)
     launch_prepared(prepared, count * -(-size // share), stream, rows.address, factors.address, size)
 

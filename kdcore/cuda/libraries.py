@@ -17,7 +17,7 @@ import numpy as np
 from kdcore.cuda.arrays import DeviceArray, Layout, contiguous, layout_of
 from kdcore.errors import DTypeError, MissingDependencyError
 
-__all__ = ["Library", "Queue", "bfloat16", "library_of"]
+__all__ = ["NUMBA", "Library", "Queue", "bfloat16", "library_of"]
 
 Shape = tuple[int, ...]
 
@@ -186,7 +186,7 @@ class _Jax(Library):
         return _by_dlpack(obj, stream, writable=False)
 
     def address(self, obj: Any) -> Any:
-        return super().address(obj) if library_of(obj) is _NUMBA else _by_dlpack(obj, 0).address
+        return super().address(obj) if library_of(obj) is NUMBA else _by_dlpack(obj, 0).address
 
     def empty(self, shape: Shape, dtype: np.dtype[Any], device: int | None, stream: int) -> Any:
         # A buffer that nobody else has yet is written, although JAX's arrays are immutable to those who have them.
@@ -252,14 +252,14 @@ class Queue(NamedTuple):
     context: int = 0
 
 
-_NUMBA, _TORCH, _CUPY, _JAX, _OTHER = Library(), _Torch(), _Cupy(), _Jax(), _Other()
+NUMBA, _TORCH, _CUPY, _JAX, _OTHER = Library(), _Torch(), _Cupy(), _Jax(), _Other()
 _BY_MODULE = {"torch": _TORCH, "cupy": _CUPY, "jax": _JAX, "jaxlib": _JAX}
 
 
 @cache
 def _library_of_type(kind: Any) -> Library:
     if getattr(kind, "__cuda_ndarray__", False) is True:
-        return _NUMBA
+        return NUMBA
     for base in kind.__mro__:
         if (library := _BY_MODULE.get(base.__module__.partition(".")[0])) is not None:
             return library

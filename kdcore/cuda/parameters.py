@@ -9,6 +9,7 @@ import numpy as np
 from kdcore.cuda.memory import Number
 from kdcore.cuda.plans import require_bfloat16
 from kdcore.cuda.primitives import tag_of
+from kdcore.cuda.streams import on_device_of
 
 __all__ = ["check_dtypes", "divisor", "like_of", "matrix", "matrix_of", "start_of", "vector", "vector_of"]
 
@@ -46,10 +47,10 @@ def _is_bfloat16(dtype):
     return dtype.name == "bfloat16"
 
 
-def check_dtypes(*dtypes):
-    """The one of the storage types that not every device can write."""
-    for dtype in dtypes:
-        if _is_bfloat16(dtype):
+def check_dtypes(stream, *dtypes):
+    """The one of the storage types that not every device can write, for the device of a stream."""
+    if any(map(_is_bfloat16, dtypes)):
+        with on_device_of(stream):
             require_bfloat16()
 
 

@@ -11,7 +11,7 @@ from numba import cuda
 
 from kdcore.cuda import direct
 from kdcore.cuda.arrays import DeviceArray
-from kdcore.cuda.libraries import Library, Queue, library_of
+from kdcore.cuda.libraries import NUMBA, Queue, library_of
 from kdcore.cuda.primitives import SIMULATOR
 from kdcore.errors import DeviceMismatchError, DTypeError
 
@@ -28,8 +28,6 @@ __all__ = [
     "stream_handle",
     "synchronize",
 ]
-
-_NUMBA = Library()
 
 
 def stream_handle(stream: Any) -> int:
@@ -80,7 +78,7 @@ def as_queue(stream: Any) -> Queue:
     """The queue of a stream alone, on the current device; a queue as it is."""
     if isinstance(stream, Queue):
         return stream
-    return Queue(stream_handle(stream), None, _NUMBA, stream)
+    return Queue(stream_handle(stream), None, NUMBA, stream)
 
 
 def described(arrays: dict[str, Any], stream: Any) -> dict[str, DeviceArray]:
@@ -162,20 +160,28 @@ def launch(kernel: Any, blocks: int, threads: int, stream: Any, *arguments: Any)
     if blocks <= 0:
         return
     queue = as_queue(stream)
-    values = direct.flat(arguments)
     context = queue.context or _context_of(queue.device)
     if context:
-        function = _functions.get((context, kernel, *map(type, values)))
-        if function is not None and function.launch(blocks, threads, queue.handle, values):
-            return
-    with on_device_of(queue):
-        _configured(kernel, blocks, threads, as_stream(queue))(*arguments)
-        if direct.bindings() is not None:
-            key = direct.current_context(), kernel, *map(type, values)  # there may have been no context before
-            if key not in _functions:
-                if len(_functions) >= _MOST_FUNCTIONS:
-                    _functions.clear()
-                _functions[key] = direct.function_of(kernel, arguments)
+        _launch(context, kernel, blocks, threads, queue, arguments)
+    else:
+        with on_device_of(queue):
+            _launch(direct.current_context(), kernel, blocks, threads, queue, arguments)
+
+
+def _launch(context: int, kernel: Any, blocks: int, threads: int, queue: Queue, arguments: tuple[Any, ...]) -> None:
+    """The same in the context of the device, which is current; 0, if there is none yet."""
+    values = direct.flat(arguments)
+    types = tuple(map(type, values))
+    function = _functions.get((context, kernel, *types))
+    if function is not None and function.launch(blocks, threads, queue.handle, values):
+        return
+    _configured(kernel, blocks, threads, as_stream(queue))(*arguments)
+    if direct.bindings() is not None:
+        key = direct.current_context(), kernel, *types
+        if key not in _functions:
+            if len(_functions) >= _MOST_FUNCTIONS:
+                _functions.clear()
+            _functions[key] = direct.function_of(kernel, arguments)
 
 
 class Prepared:
@@ -200,14 +206,21 @@ def launch_prepared(prepared: Prepared, blocks: int, stream: Any, *values: Any) 
     queue = as_queue(stream)
     context = queue.context or _context_of(queue.device)
     if context:
-        function = prepared.functions.get(context)
-        if function is not None and function.launch(blocks, prepared.threads, queue.handle, values):
-            return
-    with on_device_of(queue):
-        arguments = direct.filled(prepared.arguments, values)
-        _configured(prepared.kernel, blocks, prepared.threads, as_stream(queue))(*arguments)
-        if direct.bindings() is not None:
-            context = direct.current_context()
-            if context not in prepared.functions:
-                slots = direct.slots_of(prepared.arguments, prepared.codes)
-                prepared.functions[context] = direct.function_of(prepared.kernel, arguments, slots)
+        _launch_prepared(context, prepared, blocks, queue, values)
+    else:
+        with on_device_of(queue):
+            _launch_prepared(direct.current_context(), prepared, blocks, queue, values)
+
+
+def _launch_prepared(context: int, prepared: Prepared, blocks: int, queue: Queue, values: tuple[Any, ...]) -> None:
+    """The same in the context of the device, which is current; 0, if there is none yet."""
+    function = prepared.functions.get(context)
+    if function is not None and function.launch(blocks, prepared.threads, queue.handle, values):
+        return
+    arguments = direct.filled(prepared.arguments, values)
+    _configured(prepared.kernel, blocks, prepared.threads, as_stream(queue))(*arguments)
+    if direct.bindings() is not None:
+        context = direct.current_context()
+        if context not in prepared.functions:
+            slots = direct.slots_of(prepared.arguments, prepared.codes)
+            prepared.functions[context] = direct.function_of(prepared.kernel, arguments, slots)

@@ -280,7 +280,7 @@ def dkd_rows(
 ):  # fmt: skip
     """Decoupled KD: row losses [B] scaled by weight / denominator, and their gradient [B, V]; alpha < 1."""
     rows, size = student.shape
-    check_dtypes(student.dtype, teacher.dtype, gradient.dtype)
+    check_dtypes(stream, student.dtype, teacher.dtype, gradient.dtype)
     temperature = objective.temperature
     parts = parts_of(objective.alpha, temperature)
     arguments = (
@@ -375,7 +375,7 @@ def mixture_rows(
     teacher's row that cannot be used: status and teacher.
     """
     rows, size = student.shape
-    check_dtypes(*(teacher.dtype for teacher in teachers))
+    check_dtypes(stream, *(teacher.dtype for teacher in teachers))
     log_p = objective._replace(teacher_temperature=1.0)
     step, chunks = _chunks(rows, size)
     mixed = scratch((step, size), np.float64, stream)
@@ -549,7 +549,7 @@ def standardized_rows(
 ):
     """KD of standardised logits, as :func:`kd_rows`; alpha < 1. A row without spread has the condition NO_SPREAD."""
     rows, size = student.shape
-    check_dtypes(student.dtype, teacher.dtype, gradient.dtype)
+    check_dtypes(stream, student.dtype, teacher.dtype, gradient.dtype)
     soft = objective._replace(alpha=0.0)
     step, chunks = _chunks(rows, size)
     z_s, z_t, by_z = (scratch((step, size), np.float64, stream) for _ in range(3))
