@@ -51,7 +51,8 @@ def _teacher(teacher_logits: Any) -> Any:
 def _tensor(values: Any, student_logits: torch.Tensor) -> torch.Tensor:
     """Losses as a tensor beside the student: float64 of a float64 student, else float32."""
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    return torch.as_tensor(np.asarray(values) if np.isscalar(values) else values).to(student_logits.device, dtype)
+    tensor = torch.as_tensor(np.asarray(values) if np.isscalar(values) else values).to(student_logits.device, dtype)
+    return tensor.clone() if tensor._is_view() else tensor  # a loss that is a view could not be added to in place
 
 
 #: Fewer elements are multiplied by PyTorch whatever the factor: a device does it in the time of a launch.

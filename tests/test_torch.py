@@ -380,6 +380,15 @@ def test_batched_backward_passes(dtype):
     assert same_bits(found[1], found[0] * 2)
 
 
+def test_a_loss_is_no_part_of_another_tensor():
+    """On a device it comes as one of three numbers; of a view autograd refuses what is done in place."""
+    student, _, _ = tensors(torch.float64, (4,), 5)
+    parts = torch.arange(3.0, dtype=torch.float64)
+    loss = kdcore.torch._tensor(parts[1], student)
+    loss += 1
+    assert loss == 2 and parts.tolist() == [0, 1, 2] and not loss._is_view()
+
+
 def test_gradients_add_up():
     """Three passes through one graph, and through three, into one leaf; and through a graph of two losses."""
     student, teacher, labels = tensors(torch.float32, (4,), 37)

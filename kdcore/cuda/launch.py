@@ -86,14 +86,14 @@ def _kd_rows(context, student, teacher, labels, weights, denominator, objective,
     """The same in a context, the device's; 0, if it is not known."""
     rows, size = student.layout.shape
     divergence = objective.divergence
-    soft = objective.alpha != 1.0
-    temperatures = (float(objective.temperature), float(objective.teacher_temperature)) if soft else (1.0, 1.0)
-    wide = needs_float64((student.dtype, teacher.dtype) if soft else (student.dtype,), *temperatures)
+    parts = parts_of(objective.alpha, objective.temperature)
+    temperatures = (float(objective.temperature), float(objective.teacher_temperature)) if parts.soft else (1.0, 1.0)
+    wide = needs_float64((student.dtype, teacher.dtype) if parts.soft else (student.dtype,), *temperatures)
     prepare = _kd_launch if context else _kd_launch.__wrapped__  # in a context, a device has its attributes
     launches, published = prepare(
         context, chosen(), size, student.layout.access, teacher.layout.access, labels.layout.access,
         weights.layout.access, gradient.layout.access, status.size > 0, divergence.term, divergence.slope,
-        parts_of(objective.alpha, objective.temperature), wide, objective.ignore_index,
+        parts, wide, objective.ignore_index,
     )  # fmt: skip
     records = counts = 0
     if published:
