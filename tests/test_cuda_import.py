@@ -67,6 +67,21 @@ def test_owns():
     assert not kdcore.cuda.memory.is_writable(Exported())
 
 
+def test_a_plan_is_explained_where_there_is_a_device():
+    program = """
+from kdcore.cuda import plans, presence
+from kdcore.errors import DeviceUnavailableError
+
+reason = presence.available()
+try:
+    print(plans.explain(32_768))
+except DeviceUnavailableError as error:
+    assert reason and reason in str(error), error
+    print("no device")
+"""
+    assert run(program) == "no device" if available() else "kernel" in run(program)
+
+
 def test_available_and_require_agree():
     reason = available()
     if reason is None:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from kdcore.checks import choice, integer
 from kdcore.cuda.direct import current_device
+from kdcore.cuda.presence import require
 from kdcore.cuda.primitives import SIMULATOR
 from kdcore.errors import DeviceUnavailableError, DomainError, DTypeError
 
@@ -194,6 +195,7 @@ def plan_of(size: int, itemsizes: tuple[int, int], most_threads: int, can_group:
 
 def explain(size: int, dtype: str = "float32") -> str:
     """In words: how the current device works forward KL of rows of ``size`` classes of a dtype."""
+    require()
     from kdcore.cuda.kernels import most_threads
 
     name = str(dtype).rpartition(".")[2]
