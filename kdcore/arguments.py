@@ -56,6 +56,7 @@ __all__ = [
     "check_same_shape",
     "check_sparse",
     "check_sparse_rows",
+    "flat",
     "kd_call",
     "reduced",
     "row_blocks",
@@ -184,6 +185,14 @@ def _array(engine: Engine, obj: Any, name: str) -> Any:
         raise type(error)(f"{name}: {error}") from None
 
 
+def flat(array: Any, name: str) -> Any:
+    """All elements in one dimension, without a copy on a device; if that cannot be, an error that names the array."""
+    try:
+        return array.reshape(-1)
+    except ShapeError as error:
+        raise ShapeError(f"{name}: {error}") from None
+
+
 def as_logits(engine: Engine, obj: Any, name: str) -> Any:
     array = _array(engine, obj, name)
     _check_is_logits(array, name)
@@ -223,7 +232,7 @@ def _flat_labels(engine: Engine, array: Any) -> Any:
             raise LabelError(f"labels must be below 2**63, got {array.max()}")
         if array.dtype != np.int64 or not array.flags.c_contiguous:
             array = np.ascontiguousarray(array, np.int64)  # one layout, one compiled kernel
-    return array.reshape(-1)
+    return flat(array, "labels")
 
 
 def _check_label_range(
@@ -264,7 +273,7 @@ def _flat_weights(engine: Engine, array: Any, lead: tuple[int, ...], divisor: fl
         _check_scale(engine, 1.0, divisor, check)
         return engine.nothing(np.float64)
     if not engine.on_host:
-        return array.reshape(-1)
+        return flat(array, "weights")
     array = np.ascontiguousarray(array, np.float64).reshape(-1)
     bad = ~((array >= 0) & (array < math.inf))
     if bad.any():

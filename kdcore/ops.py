@@ -28,6 +28,7 @@ from kdcore.arguments import (
     check_same_shape,
     check_sparse,
     check_sparse_rows,
+    flat,
     kd_call,
     row_blocks,
 )
@@ -558,7 +559,7 @@ def multiply_rows(rows: Any, factors: Any, *, stream: Any = None) -> None:
     if scales.dtype.kind != "f":
         raise DTypeError(f"factors must be floating-point numbers, got dtype {scales.dtype}")
     check_same_shape(scales.shape, "factors", lead, "rows without their classes")
-    scales = scales.reshape(-1)
+    scales = flat(scales, "factors")
     for part, (x,) in row_blocks(engine, lead, [array]):
         engine.kernels.multiply_rows(x, scales[part], engine.where)
 

@@ -371,8 +371,20 @@ def test_dtypes_that_are_no_numbers_of_ours(rows):
         memory.as_array(Capsule(rows[0].astype(BF16), code=5))
     with pytest.raises(DTypeError, match="logits must be float32"):
         kdcore.softmax(Interface(rows[2].reshape(1, 3)))
-    with pytest.raises(DTypeError, match=f"in the order of this machine, got dtype {swapped.str}"):
+    with pytest.raises(DTypeError, match=f"^logits: .* in the order of this machine, got dtype {swapped.str}"):
         kdcore.softmax(cuda.to_device(np.ones((2, 3), swapped)))
+    with pytest.raises(DTypeError, match=r"^teacher_logits: the dtype .* is not supported"):
+        kdcore.kl_divergence(cuda.to_device(np.ones((2, 3), np.float32)), Interface(rows[0], "<c8"))
+
+
+@pytest.mark.parametrize("name", ["labels", "weights"])
+def test_arrays_of_rows_that_are_not_contiguous(name):
+    logits = cuda.to_device(np.zeros((2, 3, 4), np.float32))
+    given = {"labels": np.zeros((2, 3), np.int64), "weights": np.ones((2, 3))}
+    given = {name: cuda.to_device(array) for name, array in given.items()}
+    given[name] = cuda.to_device(np.ones((3, 2), given[name].dtype)).T
+    with pytest.raises(ShapeError, match=f"^{name}: expected contiguous elements, got shape"):
+        kdcore.kd_loss(logits, logits, given["labels"], 1.0, 0.5, weights=given["weights"])
 
 
 @pytest.mark.parametrize("contiguous", [False, True])

@@ -13,7 +13,7 @@ from kdcore.cuda import direct
 from kdcore.cuda.arrays import DeviceArray
 from kdcore.cuda.libraries import NUMBA, Queue, library_of
 from kdcore.cuda.primitives import SIMULATOR
-from kdcore.errors import DeviceMismatchError, DTypeError
+from kdcore.errors import DeviceMismatchError, DTypeError, KdcoreError
 
 __all__ = [
     "Prepared",
@@ -83,12 +83,14 @@ def as_queue(stream: Any) -> Queue:
 
 def described(arrays: dict[str, Any], stream: Any) -> dict[str, DeviceArray]:
     """What is known of device arrays, by name, that a call is to use on a stream."""
-    handle = stream_handle(stream)
-    return {
-        name: obj if type(obj) is DeviceArray else library_of(obj).describe(obj, handle)
-        for name, obj in arrays.items()
-        if obj is not None
-    }
+    handle, found = stream_handle(stream), {}
+    for name, obj in arrays.items():
+        if obj is not None:
+            try:
+                found[name] = obj if type(obj) is DeviceArray else library_of(obj).describe(obj, handle)
+            except KdcoreError as error:
+                raise type(error)(f"{name}: {error}") from None
+    return found
 
 
 def queue_of(arrays: dict[str, Any], stream: Any, found: dict[str, DeviceArray] | None = None) -> Queue:
