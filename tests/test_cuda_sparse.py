@@ -168,6 +168,11 @@ def test_samples():
     assert_sparse(student, rows, labels, 2.0, 0.3)
 
 
+def test_samples_of_the_largest_weight():
+    student = np.random.default_rng(1).normal(size=(1, 5))
+    assert_sparse(student, SampledRows([[3, 1]], [[64.0, 63.0]], [2], 5, 2.0), None, 2.0, 0.0)
+
+
 def test_stored_probabilities_that_have_underflowed_can_be_renormalized():
     student = np.random.default_rng(0).normal(size=(1, 5))
     rows = TopKRows([[3, 1]], [[-1000.0, -1000.0 + np.log(3.0)]], [0.0], [2], 5, 2.0)

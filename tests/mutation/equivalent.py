@@ -564,6 +564,20 @@ _BY_REASON: dict[str, list[tuple[str, str, str]]] = {
             "report(status, i, UNDEFINED_GRADIENT if undefined else OK, (1))",
         ),
     ],
+    "the count says when to look: what is read says by itself whether it is there": [
+        (
+            "cuda/groups.py",
+            "here = add(count, np.int32(1)) + 1",
+            "here = add(count, np.int32(1)) + (2)",
+        ),
+    ],
+    "of two moments one is not -0.0: that of the part whose maximum is the larger": [
+        (
+            "cuda/states.py",
+            "_set(out, i, _W, first + _moment_at(b, i, top_s, top_t, temperature, teacher_temperature) + 0.0)",
+            "_set(out, i, _W, (first + _moment_at(b, i, top_s, top_t, temperature, teacher_temperature) - 0.0))",
+        ),
+    ],
 }
 
 EQUIVALENT = {mutant: reason for reason, mutants in _BY_REASON.items() for mutant in mutants}
