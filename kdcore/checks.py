@@ -1,10 +1,11 @@
-"""Checks of scalar arguments, with the error sentences that every module shares."""
+"""Checks of scalar arguments, with the error sentences that every module shares; and one of layouts."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,17 @@ from numpy.typing import NDArray
 
 from kdcore.errors import DomainError, DTypeError
 
-__all__ = ["as_int64", "choice", "file_path", "flag", "integer", "number_in", "positive_number", "real_number"]
+__all__ = [
+    "are_one",
+    "as_int64",
+    "choice",
+    "file_path",
+    "flag",
+    "integer",
+    "number_in",
+    "positive_number",
+    "real_number",
+]
 
 
 def real_number(value: Any, name: str, expected: str) -> float:
@@ -92,3 +103,9 @@ def as_int64(array: NDArray[Any], name: str) -> NDArray[np.int64]:
     if array.dtype == np.uint64 and array.size and array.max() >= 2**63:
         raise DomainError(f"{name} must be below 2**63, got {array.max()}")
     return array.astype(np.int64, copy=False)
+
+
+def are_one(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether dimensions, none of them empty, can be one without a copy: each steps over the whole of the next."""
+    dims = [(n, stride) for n, stride in zip(shape, strides, strict=True) if n != 1]
+    return all(outer == n * inner for (_, outer), (n, inner) in pairwise(dims))

@@ -319,7 +319,7 @@ def test_engines_have_the_same_signatures(name):
     assert list(inspect.signature(getattr(import_module("kdcore.cpu"), name)).parameters) == cpu
 
 
-@pytest.mark.parametrize("name", ["empty", "full", "to_host", "as_array", "same", "overlaps"])
+@pytest.mark.parametrize("name", ["empty", "full", "to_host", "as_array", "same", "overlapping"])
 def test_memories_have_the_same_signatures(name):
     cpu, cuda = parameters("kdcore.cpu.memory", name), parameters("kdcore.cuda.memory", name)
     assert name in listed("kdcore.cpu.memory") & listed("kdcore.cuda.memory")
@@ -337,7 +337,7 @@ def test_memory_of_the_host():
     x = np.arange(12.0).reshape(3, 4)
     assert memory.as_array(x) is x and memory.to_host(x) is x
     assert memory.same(x, x[:]) and not memory.same(x, x[:, ::-1]) and not memory.same(x, x.copy())
-    assert memory.overlaps(x, x[1:]) and not memory.overlaps(x[:, ::2], x[:, 1::2]) and not memory.overlaps(x, x.copy())
+    assert memory.overlapping(x[:, ::2], [None, x[:, 1::2], x, x.copy(), x[1:, 1:]]) == [2, 4]
     full = memory.full((2, 3), np.float32, 7, 1)
     assert (full.dtype, full.tolist()) == (np.float32, [[7.0] * 3] * 2)
     empty = memory.empty((2, 0), np.float64, 1)

@@ -638,10 +638,9 @@ def test_overlaps_and_same():
     assert not memory.same(array, other)
     assert not memory.same(array, array[:2])
     assert not memory.same(array, array[::2, ::2])
-    assert memory.overlaps(array[:2], array[1:])
-    assert not memory.overlaps(array[:2], array[2:])
-    assert not memory.overlaps(array, other)
-    assert not memory.overlaps(array, memory.empty((0,), np.float64, None))
+    nothing = memory.empty((0,), np.float64, None)
+    assert memory.overlapping(array[:2], [None, array[2:], other, nothing, array[1:], array]) == [4, 5]
+    assert memory.overlapping(nothing, [array, nothing]) == []
 
 
 def test_a_stream():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import numpy as np
 
+from kdcore.checks import are_one
 from kdcore.errors import DTypeError, ShapeError
 
-__all__ = ["as_array", "empty", "full", "is_writable", "overlapping", "overlaps", "rows_of", "same", "to_host"]
+__all__ = ["as_array", "empty", "full", "is_writable", "overlapping", "rows_of", "same", "to_host"]
 
 
 def as_array(obj):
@@ -45,8 +45,7 @@ def rows_of(arrays):
 def _mergeable(array):
     if array.ndim <= 2 or array.flags.c_contiguous:
         return True
-    dims = [(n, stride) for n, stride in zip(array.shape[:-1], array.strides[:-1], strict=True) if n != 1]
-    return array.size == 0 or all(outer == n * inner for (_, outer), (n, inner) in pairwise(dims))
+    return array.size == 0 or are_one(array.shape[:-1], array.strides[:-1])
 
 
 def is_writable(obj):
@@ -78,11 +77,6 @@ def same(a, b):
     return (a.ctypes.data, a.shape, a.strides, a.dtype) == (b.ctypes.data, b.shape, b.strides, b.dtype)
 
 
-def overlaps(a, b):
-    """Whether two arrays share an element."""
-    return np.shares_memory(a, b)
-
-
 def overlapping(array, others):
     """Which of other arrays, by their place, share an element with an array. None shares none."""
-    return [k for k, other in enumerate(others) if other is not None and overlaps(array, other)]
+    return [k for k, other in enumerate(others) if other is not None and np.shares_memory(array, other)]

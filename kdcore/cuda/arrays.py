@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from kdcore.checks import are_one
 from kdcore.errors import DTypeError, ShapeError
 
 __all__ = ["Access", "DeviceArray", "Layout", "contiguous", "layout_of"]
@@ -60,19 +60,17 @@ class Layout:
     @cached_property
     def step(self) -> int | None:
         """The distance of elements, if it is the same everywhere."""
-        dims = [(n, stride) for n, stride in zip(self.shape, self.strides, strict=True) if n != 1]
-        if self.size == 0 or not dims:
+        if self.size == 0:
             return int(self.dtype.itemsize)
-        for (_, outer), (n, inner) in pairwise(dims):
-            if outer != n * inner:
-                return None
-        return dims[-1][1]
+        if not are_one(self.shape, self.strides):
+            return None
+        steps = [stride for n, stride in zip(self.shape, self.strides, strict=True) if n != 1]
+        return steps[-1] if steps else int(self.dtype.itemsize)
 
     @cached_property
     def mergeable(self) -> bool:
         """Whether all dimensions but the last can be one, without a copy."""
-        dims = [(n, stride) for n, stride in zip(self.shape[:-1], self.strides[:-1], strict=True) if n != 1]
-        return 0 in self.shape or all(outer == n * inner for (_, outer), (n, inner) in pairwise(dims))
+        return self.size == 0 or are_one(self.shape[:-1], self.strides[:-1])
 
     @cached_property
     def rows(self) -> Layout:
