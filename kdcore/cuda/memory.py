@@ -65,7 +65,7 @@ def rows_of(arrays: Sequence[DeviceArray]) -> list[DeviceArray] | None:
 
 def empty(shape: Any, dtype: Any, stream: Any) -> DeviceArray:
     """An uninitialised array, by the library and on the device of ``stream``."""
-    queue = _queue_of(stream)
+    queue = stream if type(stream) is Queue else _queue_of(stream)
     layout = _layout_made(shape, dtype)
     owner = queue.library.empty(layout.shape, layout.dtype, queue.device, queue.handle)
     return DeviceArray(queue.library.address(owner), layout, owner, queue.device)
@@ -73,15 +73,13 @@ def empty(shape: Any, dtype: Any, stream: Any) -> DeviceArray:
 
 def scratch(shape: Any, dtype: Any, stream: Any) -> DeviceArray:
     """As :func:`empty`, of an array that may be dropped as soon as the work that uses it is queued."""
-    queue = _queue_of(stream)
+    queue = stream if type(stream) is Queue else _queue_of(stream)
     layout = _layout_made(shape, dtype)
     owner = queue.library.scratch(layout.shape, layout.dtype, queue.device, queue.handle)
     return DeviceArray(queue.library.address(owner), layout, owner, queue.device)
 
 
 def _queue_of(stream: Any) -> Queue:
-    if type(stream) is Queue:
-        return stream
     from kdcore.cuda.streams import as_queue  # which imports Numba
 
     return as_queue(stream)
@@ -162,7 +160,7 @@ def to_device(array: Any, stream: Any) -> DeviceArray:
 
 def hand_over(array: DeviceArray, stream: Any) -> Any:
     """A result as an array of the library that it was allocated by."""
-    queue = _queue_of(stream)
+    queue = stream if type(stream) is Queue else _queue_of(stream)
     queue.library.finish(queue.handle)
     start, layout = array.whole
     if array.layout is layout and array.address == start:
@@ -173,7 +171,7 @@ def hand_over(array: DeviceArray, stream: Any) -> Any:
 
 def hand_over_parts(array: DeviceArray, shape: tuple[int, ...], stream: Any) -> list[Any]:
     """What the first dimension of a whole, contiguous array counts, each in a shape, as :func:`hand_over` does."""
-    queue = _queue_of(stream)
+    queue = stream if type(stream) is Queue else _queue_of(stream)
     queue.library.finish(queue.handle)
     return library_of(array.owner).parts(array.owner, array.layout.shape[0], shape)
 
